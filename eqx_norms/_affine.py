@@ -1,0 +1,82 @@
+"""Scale and bias: the learned ones' creation, and how those given at the call join them."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from ._axes import as_tuple, feature_shape, to_features, to_rank
+from ._dtypes import check_dtype
+from ._types import DTypeLike, Initializer, Shape
+
+
+def check_num_features(
+    num_features: int | tuple[int, ...], feature_axes: tuple[int, ...], *, layer: str
+) -> Shape:
+    """The feature shape, in the order of `feature_axes`."""
+    shape = as_tuple(num_features)
+    if len(shape) != len(feature_axes):
+        raise ValueError(
+            f"{layer}: `num_features` must have one size for each feature axis, got "
+            f"{num_features} for the axes {feature_axes}."
+        )
+    if any(size < 1 for size in shape):
+        raise ValueError(f"{layer}: `num_features` must be positive, got {num_features}.")
+    return shape
+
+
+def init_parameter(
+    init: Initializer | None,
+    shape: Shape,
+    dtype: DTypeLike,
+    key: PRNGKeyArray | None,
+    *,
+    layer: str,
+    argument: str,
+) -> Array | None:
+    """Scale or bias, `None` without an initializer."""
+    if init is None:
+        return None
+    dtype = check_dtype(dtype, layer=layer, argument="param_dtype")
+    try:
+        value = jnp.asarray(init(key, shape, dtype))
+    except Exception as error:
+        if key is not None:
+            raise
+        raise ValueError(
+            f"{layer}: `{argument}` failed without a random key. If it draws random "
+            "numbers, give the layer one: `key=jax.random.key(...)`."
+        ) from error
+    if value.shape != shape or value.dtype != dtype:
+        raise ValueError(
+            f"{layer}: `{argument}` must return shape {shape} and dtype {dtype}, got "
+            f"shape {value.shape} and dtype {value.dtype}."
+        )
+    return value
+
+
+def combine(
+    learned: Array | None,
+    given: Array | None,
+    offset: float,
+    x: Array,
+    feature_axes: tuple[int, ...],
+    dtype: np.dtype,
+    *,
+    layer: str,
+    argument: str,
+) -> Array | None:
+    """What is applied: learned and given and the offset, added up, with the rank of `x`."""
+    terms = []
+    if learned is not None:
+        terms.append(to_features(learned, feature_axes, x))
+    if given is not None:
+        if given.shape == feature_shape(x.shape, feature_axes):
+            terms.append(to_features(given, feature_axes, x))
+        else:
+            terms.append(to_rank(given, x, layer=layer, argument=argument))
+    if not terms or (len(terms) == 1 and offset == 0):
+        return terms[0] if terms else None
+    total = terms[0].astype(dtype)
+    for term in terms[1:]:
+        total = total + term.astype(dtype)
+    return total + offset

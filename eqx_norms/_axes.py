@@ -1,0 +1,91 @@
+"""Axes given by the user, made canonical; small arrays laid out against the input."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array
+
+from ._types import Axes, Shape
+
+
+def as_tuple(axes: Axes) -> tuple[int, ...]:
+    return (axes,) if isinstance(axes, int) else tuple(axes)
+
+
+def check_axes(axes: Axes, *, layer: str, argument: str) -> tuple[int, ...]:
+    """A hashable form for a static field; what can be checked without an input is."""
+    axes = as_tuple(axes)
+    if len(set(axes)) != len(axes):
+        raise ValueError(
+            f"{layer}: `{argument}={axes}` names an axis more than once. Give each once."
+        )
+    return axes
+
+
+def canonicalize_axes(
+    axes: Axes, ndim: int, *, layer: str, argument: str
+) -> tuple[int, ...]:
+    """Non-negative axes in the order given, each in range and none twice."""
+    axes = as_tuple(axes)
+    for axis in axes:
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"{layer}: `{argument}={axes}` has axis {axis}, which is out of range "
+                f"for an input of {ndim} dimensions."
+            )
+    canonical = tuple(axis % ndim for axis in axes)
+    if len(set(canonical)) != len(canonical):
+        raise ValueError(
+            f"{layer}: `{argument}={axes}` names an axis more than once for an input "
+            f"of {ndim} dimensions. Give each axis once."
+        )
+    return canonical
+
+
+def other_axes(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
+    return tuple(axis for axis in range(ndim) if axis not in axes)
+
+
+def shard_like(array: Array, like: Array) -> Array:
+    """On an Explicit mesh, shards an array along its axes as another of that rank is."""
+    sharding = jax.typeof(like).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return array
+    spec = (None if n == 1 else s for n, s in zip(array.shape, sharding.spec, strict=True))
+    return jax.sharding.reshard(array, PartitionSpec(*spec))
+
+
+def to_features(array: Array, feature_axes: Sequence[int], x: Array) -> Array:
+    """From the feature shape, in the order of `feature_axes`, to the rank of `x`, with
+    axes of size one where there are no features."""
+    order = sorted(range(len(feature_axes)), key=feature_axes.__getitem__)
+    array = jnp.transpose(array, order)
+    return shard_like(jnp.expand_dims(array, other_axes(feature_axes, x.ndim)), x)
+
+
+def from_features(array: Array, feature_axes: Sequence[int]) -> Array:
+    """The inverse of `to_features`."""
+    array = jnp.squeeze(array, other_axes(feature_axes, array.ndim))
+    ranks = sorted(feature_axes)
+    return jnp.transpose(array, [ranks.index(axis) for axis in feature_axes])
+
+
+def feature_shape(shape: Shape, feature_axes: Sequence[int]) -> Shape:
+    return tuple(shape[axis] for axis in feature_axes)
+
+
+def to_rank(array: Array, x: Array, *, layer: str, argument: str) -> Array:
+    """Axes of size one in front, for an array that broadcasts to `x`."""
+    try:
+        fits = np.broadcast_shapes(array.shape, x.shape) == x.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{layer}: `{argument}` of shape {array.shape} does not broadcast to the "
+            f"input's shape {x.shape}."
+        )
+    return jnp.expand_dims(array, tuple(range(x.ndim - array.ndim)))

@@ -1,0 +1,257 @@
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from equinox.nn import State, StatefulLayer, StateIndex
+from jax.nn.initializers import ones, zeros
+from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
+
+from ._affine import check_num_features, init_parameter
+from ._axes import check_axes, other_axes, to_features
+from ._collectives import bound_members, canonicalize_groups, canonicalize_names
+from ._dtypes import check_dtype, check_epsilon
+from ._inputs import prepare
+from ._moments import Moments, Reduction
+from ._normalize import normalize, standardize
+from ._running import (
+    RunningStats,
+    check_momentum,
+    get_stats,
+    init_stats,
+    set_stats,
+    update,
+)
+from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
+
+
+class BatchNorm(StatefulLayer):
+    r"""Normalises each feature by its mean and variance over the batch.
+
+    $$y = \frac{x - \mathbb{E}[x]}{\sqrt{\text{Var}[x] + \varepsilon}} * \gamma + \beta$$
+
+    In training the expectations are over all axes but the feature axes, and over the named
+    axes of `axis_name`; the running statistics take a step towards them,
+
+    $$r \leftarrow \text{momentum} * r + (1 - \text{momentum}) * \text{batch},$$
+
+    unless nothing was counted, or what was counted is not finite: then a feature's running
+    statistics, and its count, stay as they were. In evaluation the running statistics stand
+    in for the expectations.
+
+    Take a batched array, or one example inside a `jax.vmap` that binds `axis_name`: the two
+    are the same.
+
+    !!! warning
+
+        Flax and this layer weight the *old* statistics with `momentum`, 0.99 by default.
+        PyTorch weights the *new* ones: its `momentum=0.1` is `momentum=0.9` here.
+
+    !!! cite
+
+        [Batch Normalization](https://arxiv.org/abs/1502.03167), with the parameters of
+        Flax's `nnx.BatchNorm`.
+    """
+
+    scale: Inexact[Array, "*features"] | None
+    bias: Inexact[Array, "*features"] | None
+    state_index: StateIndex[RunningStats]
+    inference: bool
+    frozen: bool
+    num_features: int | tuple[int, ...] = eqx.field(static=True)
+    axis: tuple[int, ...] = eqx.field(static=True)
+    momentum: float | None = eqx.field(static=True)
+    epsilon: float = eqx.field(static=True)
+    dtype: np.dtype | None = eqx.field(static=True)
+    axis_name: tuple | None = eqx.field(static=True)
+    axis_index_groups: tuple | None = eqx.field(static=True)
+    use_fast_variance: bool = eqx.field(static=True)
+    use_unbiased_variance: bool = eqx.field(static=True)
+    scale_offset: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_running_average: bool = False,
+        axis: Axes = -1,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-5,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        axis_name: AxisName = None,
+        axis_index_groups: AxisIndexGroups = None,
+        use_fast_variance: bool = True,
+        use_unbiased_variance: bool = False,
+        scale_offset: float = 0.0,
+        key: PRNGKeyArray | None = None,
+    ):
+        """**Arguments:**
+
+        - `num_features`: the size of the feature axis, or a tuple with the size of each, in
+            the order of `axis`.
+        - `use_running_average`: whether to normalise with the running statistics and leave
+            them alone. Kept in the field `inference`, which `equinox.nn.inference_mode`
+            toggles.
+        - `axis`: the feature axis or axes; the statistics are over all others.
+        - `momentum`: the weight of the old running statistics, from 0 to 1; `None` for the
+            average over all batches so far.
+        - `epsilon`: added to the variance. Not negative. With zero, features without
+            variance come out as zero (times scale, plus bias).
+        - `dtype`: of the result. By default what the input, scale and bias promote to.
+        - `param_dtype`: of scale and bias. The running statistics are at least float32.
+            Complex input needs a complex one, for the running mean.
+        - `use_bias`, `use_scale`: whether there is a bias, a scale.
+        - `bias_init`, `scale_init`: functions `(key, shape, dtype) -> array` that make
+            them, as in `jax.nn.initializers`.
+        - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap`
+            or `jax.shard_map` that the statistics are taken over too.
+        - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of
+            equal size and together all of them: each group is normalised with statistics of
+            its own, and the running statistics take the average over the groups, weighted
+            by what each counted.
+        - `use_fast_variance`: how the data is shifted before it is squared. If `True`, by
+            a value seen in it (the median of the first, middle and last position), so
+            that it is read once; the variance is good to about
+            $1 + (\\text{shift} - \\text{mean})^2 / \\text{Var}$ roundings. Over devices
+            the shift in common is the running mean, so that each of them communicates
+            once. If `False`, by the mean, always exact, for one more reading and one more
+            communication. With a `mask`, or under `jax.vmap` with `axis_name`, the data
+            of one device is always shifted by its mean.
+        - `use_unbiased_variance`: whether the running variance is of the sample, divided by
+            one less than the positions counted, as in PyTorch. The batch itself is
+            normalised with the biased one either way.
+        - `scale_offset`: added to the scale, in the precision of the statistics.
+        - `key`: a `jax.random` key for the initializers, if they need one.
+
+        **Raises:**
+
+        `ValueError` where one of these is not as described.
+        """
+        name = type(self).__name__
+        self.axis = check_axes(axis, layer=name, argument="axis")
+        shape = check_num_features(num_features, self.axis, layer=name)
+        self.scale = init_parameter(
+            scale_init if use_scale else None,
+            shape,
+            param_dtype,
+            key,
+            layer=name,
+            argument="scale_init",
+        )
+        self.bias = init_parameter(
+            bias_init if use_bias else None,
+            shape,
+            param_dtype,
+            key,
+            layer=name,
+            argument="bias_init",
+        )
+        self.state_index = init_stats(shape, param_dtype)
+        self.inference = use_running_average
+        self.frozen = False
+        self.num_features = num_features
+        self.momentum = check_momentum(momentum, layer=name)
+        self.epsilon = check_epsilon(epsilon, layer=name)
+        self.dtype = (
+            None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
+        )
+        self.axis_name = canonicalize_names(axis_name)
+        self.axis_index_groups = canonicalize_groups(
+            axis_index_groups, self.axis_name, layer=name
+        )
+        self.use_fast_variance = use_fast_variance
+        self.use_unbiased_variance = use_unbiased_variance
+        self.scale_offset = scale_offset
+
+    @jax.named_scope("eqx_norms.BatchNorm")
+    def __call__(
+        self,
+        x: Shaped[Array, "*shape"],
+        state: State,
+        *,
+        use_running_average: bool | None = None,
+        mask: Bool[Array, "..."] | None = None,
+        scale: Inexact[Array, "..."] | None = None,
+        bias: Inexact[Array, "..."] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Inexact[Array, "*shape"], State]:
+        """**Arguments:**
+
+        - `x`: an array of any rank.
+        - `state`: the model's `equinox.nn.State`, which holds the running statistics.
+        - `use_running_average`: if given, takes the place of the field `inference`.
+        - `mask`: boolean, broadcastable to `x`. Where it is `False`, `x` does not count for
+            mean and variance, whatever it holds. It is normalised all the same; what is not
+            finite there counts as zero.
+        - `scale`, `bias`: added to the layer's own, if it has any, for this call. Of the
+            feature shape, or broadcastable to `x`.
+        - `key`: ignored; every layer of Equinox takes one.
+
+        **Returns:**
+
+        A pair of an array of the shape of `x`, and the state, updated in training.
+
+        **Raises:**
+
+        `ValueError` if an argument does not fit the layer or `x`, or if there is nothing to
+        average over; in training, `NameError` if `axis_name` is bound nowhere.
+        """
+        del key
+        name = type(self).__name__
+        running = get_stats(state, self.state_index, layer=name)
+        inputs = prepare(
+            x,
+            mask,
+            scale=(self.scale, scale),
+            bias=(self.bias, bias),
+            scale_offset=self.scale_offset,
+            dtype=self.dtype,
+            features=running.mean.shape,
+            feature_axes=self.axis,
+            argument="axis",
+            layer=name,
+        )
+        axes = inputs.feature_axes
+        mean, var = (to_features(a, axes, inputs.x) for a in (running.mean, running.var))
+        if self.frozen or (
+            self.inference if use_running_average is None else use_running_average
+        ):
+            moments = Moments(mean, None, var, None)
+            return normalize(inputs, moments, epsilon=self.epsilon), state
+
+        members = bound_members(self.axis_name, self.axis_index_groups, layer=name)
+        reduction = Reduction(other_axes(axes, inputs.x.ndim), inputs.compute_dtype)
+        if not reduction.axes and self.axis_name is None:
+            raise ValueError(
+                f"{name}: an input of shape {inputs.x.shape} with features along "
+                f"`axis={axes}` has no axis left to take statistics over. Give a batch, or "
+                "one example inside `jax.vmap(..., axis_name=...)` and that `axis_name` to "
+                "the layer."
+            )
+        y, rows = standardize(
+            inputs,
+            reduction,
+            members,
+            epsilon=self.epsilon,
+            fast=self.use_fast_variance,
+            origin=mean,
+        )
+        running = update(
+            running,
+            rows,
+            axes,
+            size=reduction.size(inputs.x.shape) * math.prod(m.number for m in members),
+            momentum=self.momentum,
+            unbiased=self.use_unbiased_variance,
+        )
+        return y, set_stats(state, self.state_index, running)
+
+    def running_stats(self, state: State) -> RunningStats:
+        """The running statistics that `state` holds for this layer."""
+        return get_stats(state, self.state_index, layer=type(self).__name__)

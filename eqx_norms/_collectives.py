@@ -1,0 +1,207 @@
+"""Means over named axes: of `jax.vmap`, `jax.pmap`, `jax.shard_map`, or several of them.
+
+This is the only module that knows how an axis came by its name.
+"""
+
+import math
+from collections.abc import Hashable
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array
+
+from ._types import AxisIndexGroups, AxisName
+
+
+Names: TypeAlias = tuple[Hashable, ...]
+Groups: TypeAlias = tuple[tuple[int, ...], ...]
+
+
+# A sum over the axis of a `vmap`.
+#
+# `lax.psum` does this too, but not inside `shard_map` with its default `check_vma=True`:
+# there JAX refuses every collective over a vmapped name, because a collective has to say
+# along which mesh axes its result still varies, and a vmapped axis is no mesh axis. This
+# primitive has no name. Its second operand is `lax.axis_index(name)`, which is batched at
+# exactly one `vmap`, the one that owns the name, and there the first operand is summed.
+# `jax.custom_batching.custom_vmap` could say the same, but has no transpose, so that
+# `vmap(grad(f), axis_name=...)` would fail.
+
+_vmapped_sum_p = Primitive("vmapped_sum")
+_vmapped_sum_p.def_impl(lambda x, index: x)
+_vmapped_sum_p.def_abstract_eval(lambda x, index: x)
+mlir.register_lowering(
+    _vmapped_sum_p, mlir.lower_fun(lambda x, index: x, multiple_results=False)
+)
+
+
+def _vmapped_sum_batch(operands, dims):
+    x, index = operands
+    x_dim, index_dim = dims
+    if index_dim is None:  # a `vmap` that does not own the name
+        return _vmapped_sum_p.bind(x, index), x_dim
+    if x_dim is None:
+        return x * index.shape[index_dim], None
+    return jnp.sum(x, axis=x_dim), None
+
+
+def _vmapped_sum_jvp(primals, tangents):
+    x, index = primals
+    t, _ = tangents
+    out = _vmapped_sum_p.bind(x, index)
+    return out, t if type(t) is ad.Zero else _vmapped_sum_p.bind(t, index)
+
+
+def _vmapped_sum_transpose(ct, x, index):
+    # Everyone receives the sum, so everyone's cotangent comes back: a sum again.
+    return ct if type(ct) is ad.Zero else _vmapped_sum_p.bind(ct, index), None
+
+
+batching.primitive_batchers[_vmapped_sum_p] = _vmapped_sum_batch
+ad.primitive_jvps[_vmapped_sum_p] = _vmapped_sum_jvp
+ad.primitive_transposes[_vmapped_sum_p] = _vmapped_sum_transpose
+
+
+class Members(NamedTuple):
+    """Those who share statistics: all along some named axes, or groups along one axis.
+
+    `vmapped` says which kind the names are of: axes of a `vmap`, whose members sit on one
+    device, or axes of a mesh, where a sum costs communication.
+    """
+
+    names: Names
+    groups: Groups | None
+    vmapped: bool
+
+    @property
+    def number(self) -> int:
+        """How many members share one statistic."""
+        if self.groups is not None:
+            return len(self.groups[0])
+        return math.prod(lax.axis_size(name) for name in self.names)
+
+    def _group(self) -> Array:
+        (name,) = self.names
+        assert self.groups is not None
+        group_of = np.empty(lax.axis_size(name), np.int32)
+        for number, group in enumerate(self.groups):
+            group_of[list(group)] = number
+        return jnp.asarray(group_of)[lax.axis_index(name)]
+
+    def _sum(self, x: Array) -> Array:
+        if not self.vmapped:
+            return lax.psum(x, self.names)
+        for name in self.names:
+            x = _vmapped_sum_p.bind(x, lax.axis_index(name))
+        return x
+
+    def mean(self, *values: Array) -> tuple[Array, ...]:
+        """The mean over the members of each value, all in one collective.
+
+        Values have one shape and dtype (complex ones travel as two). Each result has a
+        leading axis with a row for each group, a single one without groups. The rows are
+        the same for all members, and a mesh knows it: `psum` over groups of a mesh axis
+        gives results that differ between devices, which neither `shard_map`'s default
+        checks nor `vmap` admit.
+        """
+        if not self.names:
+            return tuple(value[None] for value in values)
+        parts = [
+            p for v in values for p in ((v.real, v.imag) if jnp.iscomplexobj(v) else (v,))
+        ]
+        stacked = jnp.stack(parts)[None]
+        if self.groups is not None:
+            rows = np.arange(len(self.groups)).reshape(-1, *[1] * (stacked.ndim - 1))
+            stacked = jnp.where(rows == self._group(), stacked, jnp.zeros_like(stacked))
+        means = iter(jnp.moveaxis(self._sum(stacked), 1, 0) / self.number)
+        return tuple(
+            lax.complex(next(means), next(means)) if jnp.iscomplexobj(v) else next(means)
+            for v in values
+        )
+
+    def own(self, rows: Array) -> Array:
+        """The row of this member's group."""
+        if self.groups is None:
+            return rows[0]
+        return lax.dynamic_index_in_dim(rows, self._group(), keepdims=False)
+
+
+ALONE = Members((), None, vmapped=True)
+
+
+def canonicalize_names(axis_name: AxisName) -> Names | None:
+    """A hashable form for a static field."""
+    if axis_name is None:
+        return None
+    if isinstance(axis_name, (tuple, list)):
+        return tuple(axis_name) or None
+    return (axis_name,)
+
+
+def canonicalize_groups(
+    groups: AxisIndexGroups, names: Names | None, *, layer: str
+) -> Groups | None:
+    """A hashable form for a static field; what can be checked without the axis is."""
+    if groups is None:
+        return None
+    canonical = tuple(tuple(int(index) for index in group) for group in groups)
+    if names is None or len(names) != 1:
+        raise ValueError(
+            f"{layer}: `axis_index_groups` are groups of indices along one named axis, "
+            f"got `axis_name={names}`. Give the one name that the groups divide."
+        )
+    if len({len(group) for group in canonical}) != 1 or not canonical[0]:
+        raise ValueError(
+            f"{layer}: `axis_index_groups` must be groups of equal size, got "
+            f"{canonical}. Groups of unequal size are not supported."
+        )
+    return canonical
+
+
+def bound_members(
+    names: Names | None, groups: Groups | None, *, layer: str
+) -> tuple[Members, Members]:
+    """The members that share statistics: those on this device, and those on others.
+
+    **Raises:**
+
+    `NameError` for a name that is bound nowhere, `ValueError` for groups that do not
+    partition their axis.
+    """
+    if names is None:
+        return ALONE, ALONE
+    for name in names:
+        try:
+            size = lax.axis_size(name)
+        except NameError:
+            raise NameError(
+                f"{layer}: `axis_name` has the name {name!r}, which is not bound here. "
+                "Call the layer inside a transformation that binds it, as in "
+                f"`jax.vmap(..., axis_name={name!r})`, `eqx.filter_pmap(..., "
+                f"axis_name={name!r})`, or `jax.shard_map` over a mesh with that axis; "
+                "or leave `axis_name` out to use the statistics of the input alone."
+            ) from None
+        if groups is not None:
+            if len(groups) > size:
+                raise ValueError(
+                    f"{layer}: `axis_index_groups` has {len(groups)} groups, more than "
+                    f"the {size} members of axis {name!r}."
+                )
+            if sorted(sum(groups, ())) != list(range(size)):
+                raise ValueError(
+                    f"{layer}: `axis_index_groups={groups}` must have each index of axis "
+                    f"{name!r}, 0 to {size - 1}, in exactly one group."
+                )
+    # `pmap` is built on `shard_map`, so its names are found here as well.
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    here = tuple(name for name in names if name not in manual)
+    elsewhere = tuple(name for name in names if name in manual)
+    return (
+        Members(here, groups if here else None, vmapped=True),
+        Members(elsewhere, groups if elsewhere else None, vmapped=False),
+    )

@@ -1,0 +1,55 @@
+"""Which precision a result has, and which one it is computed in."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from ._types import DTypeLike
+
+
+def promote(*dtypes: DTypeLike) -> np.dtype:
+    # The promotion here is this library's contract, not an accident of the caller's:
+    # `jax_numpy_dtype_promotion="strict"` must not forbid it.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def check_epsilon(epsilon: float, *, layer: str) -> float:
+    if not (math.isfinite(epsilon) and epsilon >= 0):
+        raise ValueError(
+            f"{layer}: `epsilon` must be finite and not negative, got {epsilon}."
+        )
+    return float(epsilon)
+
+
+def check_dtype(dtype: DTypeLike, *, layer: str, argument: str) -> np.dtype:
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"{layer}: `{argument}` must be a floating or complex dtype, got {dtype}."
+        )
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def result_dtype(
+    dtype: np.dtype | None, x: Array, *others: Array | None, layer: str
+) -> np.dtype:
+    """`dtype`, or else what the input and the parameters promote to."""
+    promoted = promote(x.dtype, *(o.dtype for o in others if o is not None))
+    if not jnp.issubdtype(promoted, jnp.inexact):
+        promoted = promote(promoted, jnp.float32)
+    if dtype is None:
+        return promoted
+    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(
+            f"{layer}: `dtype={dtype}` cannot hold the result for complex input of "
+            f"dtype {x.dtype}. Use a complex `dtype` or leave it out."
+        )
+    return dtype
+
+
+def real_dtype(dtype: np.dtype) -> np.dtype:
+    return jnp.finfo(dtype).dtype

@@ -1,0 +1,291 @@
+"""Mean and variance: the only statistics in the library.
+
+They are those of *shifted data* (Chan, Golub and LeVeque, "Algorithms for computing the
+sample variance", The American Statistician 37, 1983): for any shift s,
+
+    mean = s + E[x - s],    var = E|x - s|^2 - |E[x - s]|^2.
+
+The closer the shift to the mean, the less cancels: the variance is good to about
+1 + |mean - s|^2 / var roundings. With s = 0 these are the textbook formulas, which lose
+everything once the mean is a few thousand deviations; with s the mean itself, the second
+terms only correct its rounding. What the layers offer is how s is found:
+
+- `fast`: a guess, so that the data is read, and communicated, once;
+- otherwise: the mean, which costs one more reading, and communication.
+
+The mean is handed on as the pair (shift, offset), to be subtracted one after the other:
+their sum would be rounded to the precision of the mean, where a deviation wants that of
+the standard deviation.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from ._collectives import Members
+from ._dtypes import real_dtype
+from ._rules import lean
+from ._types import Shape
+
+
+class Reduction(NamedTuple):
+    """What is averaged over, and in which precision.
+
+    A statistic keeps the rank of the input. `groups` is an axis and a number: the axis is
+    divided into that many equal stretches, and each shares its statistics.
+    """
+
+    axes: tuple[int, ...]
+    dtype: np.dtype
+    groups: tuple[int, int] | None = None
+
+    def sum(self, x: Array) -> Array:
+        x = jnp.sum(x, self.axes, keepdims=True, dtype=x.dtype)
+        if self.groups is None:
+            return x
+        axis, number = self.groups
+        split = (*x.shape[:axis], number, x.shape[axis] // number, *x.shape[axis + 1 :])
+        return jnp.sum(x.reshape(split), axis + 1, dtype=x.dtype)
+
+    def mean(self, x: Array) -> Array:
+        # Scaled before they are added, squares that fit do not overflow in the sum; a
+        # power of two scales without rounding.
+        size = self.size(x.shape)
+        power = 2.0 ** -math.ceil(math.log2(size))
+        return self.sum(x * power) / (size * power)
+
+    def size(self, shape: Shape) -> int:
+        """How many positions go into one statistic of an input of this shape."""
+        size = math.prod(shape[axis] for axis in self.axes)
+        if self.groups is not None:
+            axis, number = self.groups
+            size *= shape[axis] // number
+        return max(size, 1)
+
+    def shape(self, shape: Shape) -> Shape:
+        """The shape of a statistic of an input of this shape."""
+        out = [1 if axis in self.axes else n for axis, n in enumerate(shape)]
+        if self.groups is not None:
+            axis, number = self.groups
+            out[axis] = number
+        return tuple(out)
+
+    def weight(self, mask: Array, shape: Shape) -> Array:
+        """The fraction of the positions of this shape that a mask counts."""
+        alone = self
+        if self.groups is not None and mask.shape[self.groups[0]] == 1:
+            alone = self._replace(groups=None)
+        # Integers count exactly; a float32 stops counting at 2^24.
+        count = alone.sum(mask.astype(jnp.int32)).astype(real_dtype(self.dtype))
+        return jnp.broadcast_to(count / alone.size(mask.shape), self.shape(shape))
+
+    def spread(self, statistic: Array, like: Array) -> Array:
+        """Lays a statistic out against the input."""
+        if self.groups is None:
+            return statistic
+        axis, number = self.groups
+        return jnp.repeat(statistic, like.shape[axis] // number, axis)
+
+    def deviation(self, x: Array, shift: Array | None, offset: Array | None) -> Array:
+        """`x - mean`, in the precision of the statistics."""
+        d = x.astype(self.dtype)
+        for part in (shift, offset):
+            if part is not None:
+                d = d - self.spread(part, x)
+        return d
+
+
+class Moments(NamedTuple):
+    """The mean is `shift + offset`, or zero where both are `None`; `var` is E|x - mean|^2.
+
+    `weight` is the fraction of positions that were counted, `None` if all were.
+    """
+
+    shift: Array | None
+    offset: Array | None
+    var: Array
+    weight: Array | None
+
+    @property
+    def mean(self) -> Array:
+        parts = [part for part in (self.shift, self.offset) if part is not None]
+        return sum(parts, jnp.zeros_like(self.var))
+
+
+def real_product(a: Array, b: Array) -> Array:
+    """The real part of conj(a) b."""
+    return a.real * b.real + a.imag * b.imag if jnp.iscomplexobj(a) else a * b
+
+
+def abs_square(a: Array) -> Array:
+    return real_product(a, a)
+
+
+def _abs_square_tangent(d: Array, t: Array) -> Array:
+    product = d.real * t.real + d.imag * t.imag if jnp.iscomplexobj(d) else d * t
+    return 2 * product
+
+
+def counted(mask: Array | None, x: Array) -> Array:
+    return x if mask is None else jnp.where(mask, x, jnp.zeros_like(x))
+
+
+# What is read off the input: means, over the positions at hand, of the deviations from a
+# shift and of their squares. Only this keeps the input for the backward pass, so only this
+# needs a rule of its own; all that follows works on a few numbers.
+
+
+class _Spec(NamedTuple):
+    reduction: Reduction
+    center: bool
+
+
+def _sums(spec, x, mask, shift):
+    d = counted(mask, spec.reduction.deviation(x, shift, None))
+    first = spec.reduction.mean(d) if spec.center else None
+    return first, spec.reduction.mean(abs_square(d))
+
+
+def sums_tangent(reduction, center, x, mask, shift, offset, dx):
+    """The derivative of the two means; with shift and offset together, that of mean and
+    variance, if nothing is masked."""
+    d = counted(mask, reduction.deviation(x, shift, offset))
+    t = counted(mask, dx.astype(d.dtype))
+    first = reduction.mean(t) if center else None
+    return first, reduction.mean(2 * real_product(d, t))
+
+
+def _sums_tangent(spec, kept, dx, *_):
+    x, mask, shift = kept
+    return sums_tangent(spec.reduction, spec.center, x, mask, shift, None, dx)
+
+
+_block_sums = lean(_sums, _sums_tangent, lambda args, _: args)
+
+
+def _guess(x: Array, reduction: Reduction) -> Array | None:
+    """The median of the first, middle and last position: one outlier does no harm.
+
+    `None` where these are not to be had.
+    """
+    # On an Explicit mesh JAX refuses to slice along a sharded axis.
+    sharding = jax.typeof(x).sharding.spec
+    sharded = any(sharding[axis] is not None for axis in reduction.axes)
+    if sharded or jnp.iscomplexobj(x) or x.size == 0:
+        return None
+
+    def at(position):
+        starts, limits = [0] * x.ndim, list(x.shape)
+        for axis in reduction.axes:
+            starts[axis] = position(x.shape[axis])
+            limits[axis] = starts[axis] + 1
+        return lax.slice(x, starts, limits).astype(reduction.dtype)
+
+    a, b, c = at(lambda n: 0), at(lambda n: n // 2), at(lambda n: n - 1)
+    median = jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
+    return reduction._replace(axes=()).mean(median)
+
+
+def _weighted_mean(members, weight, *values):
+    """Means over members of values that are zero where nothing counts, and their weight.
+
+    One row for each group of members.
+    """
+    if weight is None:
+        return *members.mean(*values), None
+    *means, weight = members.mean(*values, weight)
+    divisor = jnp.where(weight > 0, weight, jnp.ones_like(weight))
+    return *(mean / divisor for mean in means), weight
+
+
+def _pool(members, shift, weight, first, second) -> Moments:
+    """Moments from what each member found about a common shift, a row for each group."""
+    if first is None:
+        var, weight = _weighted_mean(members, weight, second)
+        return Moments(None, None, var, weight)
+    offset, second, weight = _weighted_mean(members, weight, first, second)
+    return Moments(shift, offset, jnp.maximum(second - abs_square(offset), 0), weight)
+
+
+def moments(
+    x: Array,
+    mask: Array | None,
+    reduction: Reduction,
+    members: tuple[Members, Members],
+    *,
+    center: bool,
+    fast: bool,
+    origin: Array | None = None,
+) -> tuple[Moments, Moments]:
+    """The moments to normalise with, and a row of them for each group of members.
+
+    `members` are those on this device, and those on others. `origin` is a guess at the mean
+    that is the same on every device.
+    """
+    here, elsewhere = members
+
+    weight = None
+    if mask is not None:
+        weight = reduction.weight(mask, x.shape)
+    elif x.size == 0:
+        weight = jnp.zeros(reduction.shape(x.shape), real_dtype(reduction.dtype))
+
+    # First what is on this device, about a shift of its own.
+    shift = shifts = None
+    if center:
+        guess = _guess(x, reduction) if fast and mask is None and not here.names else None
+        if guess is None:
+            total = reduction.mean(counted(mask, x.astype(reduction.dtype)))
+            shifts, _ = _weighted_mean(here, weight, total)
+        else:
+            shifts = guess[None]
+        shifts = lax.stop_gradient(shifts)
+        shift = here.own(shifts)
+    first, second = _block_sums(_Spec(reduction, center), x, mask, shift)
+    rows = _pool(here, shifts, weight, first, second)
+    own = jax.tree.map(here.own, rows)
+    if not elsewhere.names:
+        return own, rows
+
+    # Then the devices: a few numbers from each, about a shift in common.
+    def weighted(value):
+        return value if own.weight is None else own.weight * value
+
+    if center:
+        if fast:
+            shifts = jnp.zeros_like(own.shift) if origin is None else origin
+            shifts = jnp.broadcast_to(shifts, own.shift.shape)[None]
+        else:
+            shifts, _ = _weighted_mean(elsewhere, own.weight, weighted(own.mean))
+        shifts = lax.stop_gradient(shifts)
+        # The difference of two near means is exact; adding the offset first is not.
+        delta = (own.shift - elsewhere.own(shifts)) + own.offset
+        first, second = weighted(delta), weighted(own.var + abs_square(delta))
+    else:
+        first, second = None, weighted(own.var)
+    rows = _pool(elsewhere, shifts, own.weight, first, second)
+    return jax.tree.map(elsewhere.own, rows), rows
+
+
+def over_groups(
+    rows: Moments, size: int, *, unbiased: bool
+) -> tuple[Array, Array, Array | None]:
+    """Mean, variance and weight on average over the groups, by what each counted.
+
+    `unbiased` divides by one less than the count, where that is not zero; all of it would
+    be `size`.
+    """
+    mean, var, weight = rows.mean, rows.var, rows.weight
+    if unbiased:
+        count = jnp.asarray(size if weight is None else weight * size, var.dtype)
+        var = var * (count / jnp.where(count > 1, count - 1, count))
+    if weight is None:
+        return jnp.mean(mean, 0), jnp.mean(var, 0), None
+    total = jnp.sum(weight, 0)
+    share = weight / jnp.where(total > 0, total, 1)
+    return jnp.sum(share * mean, 0), jnp.sum(share * var, 0), total

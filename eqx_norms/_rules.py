@@ -1,0 +1,47 @@
+"""Derivative rules that keep nothing but what they are given."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.custom_derivatives import SymbolicZero
+
+
+def lean(
+    primal: Callable[..., Any],
+    tangent: Callable[..., Any],
+    residuals: Callable[[tuple[Any, ...], Any], Any],
+) -> Callable[..., Any]:
+    """`primal(spec, *args)` with its derivative given by hand.
+
+    `tangent(spec, residuals, *tangents)` is linear in the tangents, of which those that
+    are zero come as `None`. `residuals(args, outputs)` says what it needs: this, and
+    nothing computed on the way, is kept for the backward pass.
+
+    A `jax.custom_vjp` keeps as little, but has no forward mode and no second derivative.
+    Here `jax.checkpoint` around a linear function has JAX transpose that function when the
+    time comes, from its arguments alone. Collectives must stay outside: JAX resolves the
+    names in a custom rule too late when the derivative is taken outside an inner `jit`.
+    """
+
+    call = jax.custom_jvp(primal, nondiff_argnums=(0,))
+
+    def rule(spec, args, tangents):
+        out = call(spec, *args)
+
+        # Inside a `jit` nothing is gained by the barriers that `prevent_cse` inserts, and
+        # they would keep XLA from fusing the rule with what surrounds it.
+        @ft.partial(jax.checkpoint, prevent_cse=False)
+        def linear(kept, tangents):
+            return tangent(spec, kept, *tangents)
+
+        tangents = jax.tree.map(
+            lambda t: None if isinstance(t, SymbolicZero) else t,
+            tangents,
+            is_leaf=lambda t: isinstance(t, SymbolicZero),
+        )
+        return out, linear(residuals(args, out), tangents)
+
+    call.defjvp(rule, symbolic_zeros=True)
+    return call

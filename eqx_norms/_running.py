@@ -1,0 +1,115 @@
+"""Running statistics: what `BatchNorm` remembers, and how a batch changes it."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from equinox.nn import State, StateIndex
+from jax import lax
+from jaxtyping import Array, Inexact, Int
+
+from ._axes import from_features, shard_like
+from ._dtypes import promote, real_dtype
+from ._moments import Moments, over_groups
+from ._types import DTypeLike, Shape
+
+
+class RunningStats(eqx.Module):
+    """What a [`eqx_norms.BatchNorm`][] has seen so far, feature by feature.
+
+    - `mean`, `var`: the running mean and variance, float32 or wider.
+    - `count`: how many batches each feature has absorbed.
+    """
+
+    mean: Inexact[Array, "*features"]
+    var: Inexact[Array, "*features"]
+    count: Int[Array, "*features"]
+
+
+def init_stats(shape: Shape, param_dtype: DTypeLike) -> StateIndex[RunningStats]:
+    dtype = promote(param_dtype, jnp.float32)
+    return StateIndex(
+        RunningStats(
+            jnp.zeros(shape, dtype),
+            jnp.ones(shape, real_dtype(dtype)),
+            jnp.zeros(shape, jnp.int32),
+        )
+    )
+
+
+def check_momentum(momentum: float | None, *, layer: str) -> float | None:
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(
+            f"{layer}: `momentum` is the weight of the old running statistics, from 0 to "
+            f"1, or `None` for the average over all batches, got {momentum}."
+        )
+    return momentum
+
+
+def get_stats(state: State, index: StateIndex[RunningStats], *, layer: str) -> RunningStats:
+    if not isinstance(state, State):
+        raise ValueError(
+            f"{layer}: needs the model's `equinox.nn.State` as its second argument, got "
+            f"{type(state).__name__}. Make both with `model, state = "
+            f"equinox.nn.make_with_state({layer})(...)`, and call `y, state = model(x, "
+            "state)`."
+        )
+    try:
+        return state.get(index)
+    except KeyError:
+        raise ValueError(
+            f"{layer}: this `state` holds nothing for this layer; it was made for another "
+            "model. Make model and state together: `model, state = "
+            "equinox.nn.make_with_state(Model)(...)`."
+        ) from None
+
+
+def set_stats(state: State, index: StateIndex[RunningStats], stats: RunningStats) -> State:
+    """`state.set`, for statistics that a mesh describes in other words than the old ones.
+
+    `State.set` compares types. Inside `shard_map` that of a state which was closed over
+    differs from anything computed there.
+    """
+    part = state.substate(index)
+    return state.update(
+        jax.tree.unflatten(jax.tree.structure(part), jax.tree.leaves(stats))
+    )
+
+
+def update(
+    old: RunningStats,
+    rows: Moments,
+    feature_axes: tuple[int, ...],
+    *,
+    size: int,
+    momentum: float | None,
+    unbiased: bool,
+) -> RunningStats:
+    """Takes a batch in, or leaves a feature as it was where the batch says nothing of it.
+
+    `rows` are the same on all devices, so all devices decide alike. `size` is how many
+    positions a statistic is over.
+    """
+    mean, var, weight = over_groups(rows, size, unbiased=unbiased)
+    mean = from_features(mean, feature_axes).astype(old.mean.dtype)
+    var = from_features(var, feature_axes).astype(old.var.dtype)
+    good = jnp.isfinite(mean) & jnp.isfinite(var)
+    if weight is not None:
+        good = good & (from_features(weight, feature_axes) > 0)
+    if momentum is None:
+        seen = old.count.astype(var.dtype)
+        keep = seen / (seen + 1)
+    else:
+        keep = momentum
+
+    def blend(old, new):
+        return jnp.where(good, keep * old + (1 - keep) * new, old)
+
+    # On an Explicit mesh the features may be sharded and the state not: it stays as it is.
+    mean, var, good = (shard_like(a, old.count) for a in (mean, var, good))
+
+    stats = RunningStats(
+        blend(old.mean, mean),
+        blend(old.var, var),
+        old.count + good.astype(old.count.dtype),
+    )
+    return lax.stop_gradient(stats)

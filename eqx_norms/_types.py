@@ -1,0 +1,19 @@
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from jaxtyping import Array
+
+
+# `Hashable` alone would cover a tuple of names; the sequence says what it means.
+AxisName: TypeAlias = Hashable | Sequence[Hashable] | None
+AxisIndexGroups: TypeAlias = Sequence[Sequence[int]] | None
+Axes: TypeAlias = int | Sequence[int]
+Shape: TypeAlias = tuple[int, ...]
+# Anything `jax.numpy.dtype` accepts: `jnp.float32` is a scalar constructor, not a type.
+DTypeLike: TypeAlias = Any
+
+
+class Initializer(Protocol):
+    """Makes the initial value of a parameter, as those of `jax.nn.initializers` do."""
+
+    def __call__(self, key: Any, shape: Shape, dtype: DTypeLike, /) -> Array: ...
