@@ -1,5 +1,6 @@
 """Scale and bias: the learned ones' creation, and how those given at the call join them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
@@ -24,19 +25,35 @@ def check_num_features(
     return shape
 
 
-def init_parameter(
-    init: Initializer | None,
+def init_affine(
     shape: Shape,
     dtype: DTypeLike,
+    key: PRNGKeyArray | None,
+    *,
+    scale_init: Initializer | None,
+    bias_init: Initializer | None,
+    layer: str,
+) -> tuple[Array | None, Array | None]:
+    """Scale and bias, each `None` without an initializer."""
+    keys = (None, None) if key is None else jax.random.split(key)
+    dtype = check_dtype(dtype, layer=layer, argument="param_dtype")
+    return (
+        _init(scale_init, shape, dtype, keys[0], layer=layer, argument="scale_init"),
+        _init(bias_init, shape, dtype, keys[1], layer=layer, argument="bias_init"),
+    )
+
+
+def _init(
+    init: Initializer | None,
+    shape: Shape,
+    dtype: np.dtype,
     key: PRNGKeyArray | None,
     *,
     layer: str,
     argument: str,
 ) -> Array | None:
-    """Scale or bias, `None` without an initializer."""
     if init is None:
         return None
-    dtype = check_dtype(dtype, layer=layer, argument="param_dtype")
     try:
         value = jnp.asarray(init(key, shape, dtype))
     except Exception as error:

@@ -58,6 +58,28 @@ def shard_like(array: Array, like: Array) -> Array:
     return jax.sharding.reshard(array, PartitionSpec(*spec))
 
 
+def example_axes(
+    batch_axes: Axes, feature_axes: Sequence[int], ndim: int, *, layer: str
+) -> tuple[int, ...]:
+    """The axes of each example that hold no features, those of space as a rule."""
+    batch = canonicalize_axes(batch_axes, ndim, layer=layer, argument="batch_axes")
+    if set(batch) & set(feature_axes):
+        raise ValueError(
+            f"{layer}: an axis cannot be among both the batch axes {batch} and the feature "
+            f"axes {tuple(feature_axes)}. For a single example use `batch_axes=()`."
+        )
+    return other_axes((*batch, *feature_axes), ndim)
+
+
+def unshard(array: Array, axis: int) -> Array:
+    """On an Explicit mesh, gathers an array along an axis that is going to be reshaped."""
+    sharding = jax.typeof(array).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return array
+    spec = (*sharding.spec[:axis], None, *sharding.spec[axis + 1 :])
+    return jax.sharding.reshard(array, PartitionSpec(*spec))
+
+
 def to_features(array: Array, feature_axes: Sequence[int], x: Array) -> Array:
     """From the feature shape, in the order of `feature_axes`, to the rank of `x`, with
     axes of size one where there are no features."""

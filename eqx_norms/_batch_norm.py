@@ -8,7 +8,7 @@ from equinox.nn import State, StatefulLayer, StateIndex
 from jax.nn.initializers import ones, zeros
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
-from ._affine import check_num_features, init_parameter
+from ._affine import check_num_features, init_affine
 from ._axes import check_axes, other_axes, to_features
 from ._collectives import bound_members, canonicalize_groups, canonicalize_names
 from ._dtypes import check_dtype, check_epsilon
@@ -136,21 +136,13 @@ class BatchNorm(StatefulLayer):
         name = type(self).__name__
         self.axis = check_axes(axis, layer=name, argument="axis")
         shape = check_num_features(num_features, self.axis, layer=name)
-        self.scale = init_parameter(
-            scale_init if use_scale else None,
+        self.scale, self.bias = init_affine(
             shape,
             param_dtype,
             key,
+            scale_init=scale_init if use_scale else None,
+            bias_init=bias_init if use_bias else None,
             layer=name,
-            argument="scale_init",
-        )
-        self.bias = init_parameter(
-            bias_init if use_bias else None,
-            shape,
-            param_dtype,
-            key,
-            layer=name,
-            argument="bias_init",
         )
         self.state_index = init_stats(shape, param_dtype)
         self.inference = use_running_average

@@ -27,6 +27,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from ._axes import unshard
 from ._collectives import Members
 from ._dtypes import real_dtype
 from ._rules import lean
@@ -49,6 +50,7 @@ class Reduction(NamedTuple):
         if self.groups is None:
             return x
         axis, number = self.groups
+        x = unshard(x, axis)
         split = (*x.shape[:axis], number, x.shape[axis] // number, *x.shape[axis + 1 :])
         return jnp.sum(x.reshape(split), axis + 1, dtype=x.dtype)
 

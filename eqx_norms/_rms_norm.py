@@ -8,7 +8,7 @@ from equinox.nn import State
 from jax.nn.initializers import ones
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
-from ._affine import check_num_features, init_parameter
+from ._affine import check_num_features, init_affine
 from ._axes import canonicalize_axes, check_axes
 from ._collectives import bound_members, canonicalize_groups, canonicalize_names
 from ._dtypes import check_dtype, check_epsilon
@@ -95,13 +95,13 @@ class RMSNorm(eqx.Module):
         name = type(self).__name__
         self.feature_axes = check_axes(feature_axes, layer=name, argument="feature_axes")
         shape = check_num_features(num_features, self.feature_axes, layer=name)
-        self.scale = init_parameter(
-            scale_init if use_scale else None,
+        self.scale, _ = init_affine(
             shape,
             param_dtype,
             key,
+            scale_init=scale_init if use_scale else None,
+            bias_init=None,
             layer=name,
-            argument="scale_init",
         )
         self.num_features = num_features
         self.epsilon = check_epsilon(epsilon, layer=name)
