@@ -3,16 +3,14 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from equinox.nn import State, StatefulLayer, StateIndex
 from jax.nn.initializers import ones, zeros
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
-from ._affine import check_num_features, init_affine
 from ._axes import check_axes, other_axes, to_features
-from ._collectives import bound_members, canonicalize_groups, canonicalize_names
-from ._dtypes import check_dtype, check_epsilon
-from ._inputs import prepare
+from ._collectives import bound_members
+from ._dtypes import cast, real_dtype
+from ._layer import AbstractNorm
 from ._moments import Moments, Reduction
 from ._normalize import normalize, standardize
 from ._running import (
@@ -26,7 +24,7 @@ from ._running import (
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 
 
-class BatchNorm(StatefulLayer):
+class BatchNorm(AbstractNorm, StatefulLayer):
     r"""Normalises each feature by its mean and variance over the batch.
 
     $$y = \frac{x - \mathbb{E}[x]}{\sqrt{\text{Var}[x] + \varepsilon}} * \gamma + \beta$$
@@ -54,21 +52,12 @@ class BatchNorm(StatefulLayer):
         Flax's `nnx.BatchNorm`.
     """
 
-    scale: Inexact[Array, "*features"] | None
-    bias: Inexact[Array, "*features"] | None
     state_index: StateIndex[RunningStats]
     inference: bool
     frozen: bool
-    num_features: int | tuple[int, ...] = eqx.field(static=True)
     axis: tuple[int, ...] = eqx.field(static=True)
     momentum: float | None = eqx.field(static=True)
-    epsilon: float = eqx.field(static=True)
-    dtype: np.dtype | None = eqx.field(static=True)
-    axis_name: tuple | None = eqx.field(static=True)
-    axis_index_groups: tuple | None = eqx.field(static=True)
-    use_fast_variance: bool = eqx.field(static=True)
     use_unbiased_variance: bool = eqx.field(static=True)
-    scale_offset: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -135,31 +124,25 @@ class BatchNorm(StatefulLayer):
         """
         name = type(self).__name__
         self.axis = check_axes(axis, layer=name, argument="axis")
-        shape = check_num_features(num_features, self.axis, layer=name)
-        self.scale, self.bias = init_affine(
-            shape,
-            param_dtype,
-            key,
+        self.momentum = check_momentum(momentum, layer=name)
+        shape = self._set_common(
+            num_features,
+            self.axis,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
             scale_init=scale_init if use_scale else None,
             bias_init=bias_init if use_bias else None,
-            layer=name,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            scale_offset=scale_offset,
+            key=key,
         )
         self.state_index = init_stats(shape, param_dtype)
         self.inference = use_running_average
         self.frozen = False
-        self.num_features = num_features
-        self.momentum = check_momentum(momentum, layer=name)
-        self.epsilon = check_epsilon(epsilon, layer=name)
-        self.dtype = (
-            None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
-        )
-        self.axis_name = canonicalize_names(axis_name)
-        self.axis_index_groups = canonicalize_groups(
-            axis_index_groups, self.axis_name, layer=name
-        )
-        self.use_fast_variance = use_fast_variance
         self.use_unbiased_variance = use_unbiased_variance
-        self.scale_offset = scale_offset
 
     @jax.named_scope("eqx_norms.BatchNorm")
     def __call__(
@@ -197,20 +180,20 @@ class BatchNorm(StatefulLayer):
         del key
         name = type(self).__name__
         running = get_stats(state, self.state_index, layer=name)
-        inputs = prepare(
+        inputs = self._prepare(
             x,
             mask,
-            scale=(self.scale, scale),
-            bias=(self.bias, bias),
-            scale_offset=self.scale_offset,
-            dtype=self.dtype,
+            scale,
+            bias,
             features=running.mean.shape,
             feature_axes=self.axis,
             argument="axis",
-            layer=name,
         )
         axes = inputs.feature_axes
         mean, var = (to_features(a, axes, inputs.x) for a in (running.mean, running.var))
+        # The statistics may be of another width than what is computed in.
+        mean = cast(mean, inputs.compute_dtype)
+        var = cast(var, real_dtype(inputs.compute_dtype))
         if self.frozen or (
             self.inference if use_running_average is None else use_running_average
         ):
@@ -218,6 +201,12 @@ class BatchNorm(StatefulLayer):
             return normalize(inputs, moments, epsilon=self.epsilon), state
 
         members = bound_members(self.axis_name, self.axis_index_groups, layer=name)
+        if jnp.iscomplexobj(inputs.x) and not jnp.iscomplexobj(running.mean):
+            raise ValueError(
+                f"{name}: the running mean, of dtype {running.mean.dtype}, cannot hold "
+                f"that of complex input of dtype {inputs.x.dtype}. Give the layer a "
+                "complex `param_dtype`."
+            )
         reduction = Reduction(other_axes(axes, inputs.x.ndim), inputs.compute_dtype)
         if not reduction.axes and self.axis_name is None:
             raise ValueError(

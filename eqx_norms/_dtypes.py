@@ -43,13 +43,20 @@ def result_dtype(
         promoted = promote(promoted, jnp.float32)
     if dtype is None:
         return promoted
-    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+    real = not jnp.issubdtype(dtype, jnp.complexfloating)
+    if real and jnp.issubdtype(promoted, jnp.complexfloating):
         raise ValueError(
-            f"{layer}: `dtype={dtype}` cannot hold the result for complex input of "
-            f"dtype {x.dtype}. Use a complex `dtype` or leave it out."
+            f"{layer}: `dtype={dtype}` cannot hold the result, which is complex: input, "
+            f"scale and bias promote to {promoted}. Use a complex `dtype` or leave it out."
         )
     return dtype
 
 
 def real_dtype(dtype: np.dtype) -> np.dtype:
     return jnp.finfo(dtype).dtype
+
+
+def cast(array: Array, dtype: np.dtype) -> Array:
+    """To a real `dtype` goes the real part, for data that is complex in its dtype only."""
+    real = not jnp.issubdtype(dtype, jnp.complexfloating)
+    return (array.real if real else array).astype(dtype)

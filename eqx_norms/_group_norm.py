@@ -1,24 +1,16 @@
-from typing import overload
-
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-import numpy as np
-from equinox.nn import State
 from jax.nn.initializers import ones, zeros
-from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
+from jaxtyping import PRNGKeyArray
 
-from ._affine import check_num_features, init_affine
 from ._axes import canonicalize_axes, check_axes, example_axes
-from ._collectives import bound_members, canonicalize_groups, canonicalize_names
-from ._dtypes import check_dtype, check_epsilon
-from ._inputs import feature_sizes, prepare
+from ._layer import AbstractExampleNorm
 from ._moments import Reduction
-from ._normalize import standardize
+from ._normalize import Inputs
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 
 
-class GroupNorm(eqx.Module):
+class GroupNorm(AbstractExampleNorm):
     r"""Normalises each group of features of each example by its own mean and variance.
 
     $$y = \frac{x - \mathbb{E}[x]}{\sqrt{\text{Var}[x] + \varepsilon}} * \gamma + \beta$$
@@ -37,19 +29,10 @@ class GroupNorm(eqx.Module):
         Flax's `nnx.GroupNorm`, and `feature_axis` and `batch_axes`.
     """
 
-    scale: Inexact[Array, "*features"] | None
-    bias: Inexact[Array, "*features"] | None
-    num_features: int = eqx.field(static=True)
-    epsilon: float = eqx.field(static=True)
-    dtype: np.dtype | None = eqx.field(static=True)
     num_groups: int = eqx.field(static=True)
     reduction_axes: tuple[int, ...] | None = eqx.field(static=True)
-    batch_axes: tuple[int, ...] = eqx.field(static=True)
     feature_axis: int = eqx.field(static=True)
-    axis_name: tuple | None = eqx.field(static=True)
-    axis_index_groups: tuple | None = eqx.field(static=True)
-    use_fast_variance: bool = eqx.field(static=True)
-    scale_offset: float = eqx.field(static=True)
+    batch_axes: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -112,7 +95,6 @@ class GroupNorm(eqx.Module):
         `ValueError` where one of these is not as described.
         """
         name = type(self).__name__
-        shape = check_num_features(num_features, (feature_axis,), layer=name)
         if (num_groups is None) == (group_size is None):
             raise ValueError(
                 f"{name}: give `num_groups`, or `group_size` and `num_groups=None`, got "
@@ -124,106 +106,34 @@ class GroupNorm(eqx.Module):
                 f"{name}: `num_features={num_features}` cannot be divided evenly by "
                 f"`num_groups={num_groups}`, `group_size={group_size}`."
             )
-        self.scale, self.bias = init_affine(
-            shape,
-            param_dtype,
-            key,
-            scale_init=scale_init if use_scale else None,
-            bias_init=bias_init if use_bias else None,
-            layer=name,
-        )
-        self.num_features = num_features
         self.num_groups = num_features // divisor if num_groups is None else num_groups
-        self.epsilon = check_epsilon(epsilon, layer=name)
-        self.dtype = (
-            None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
-        )
-        self.feature_axis = feature_axis
         self.reduction_axes = (
             None
             if reduction_axes is None
             else check_axes(reduction_axes, layer=name, argument="reduction_axes")
         )
+        self.feature_axis = feature_axis
         self.batch_axes = check_axes(batch_axes, layer=name, argument="batch_axes")
-        self.axis_name = canonicalize_names(axis_name)
-        self.axis_index_groups = canonicalize_groups(
-            axis_index_groups, self.axis_name, layer=name
+        self._set_common(
+            num_features,
+            (feature_axis,),
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            scale_init=scale_init if use_scale else None,
+            bias_init=bias_init if use_bias else None,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            scale_offset=scale_offset,
+            key=key,
         )
-        self.use_fast_variance = use_fast_variance
-        self.scale_offset = scale_offset
 
-    @overload
-    def __call__(
-        self,
-        x: Array,
-        state: None = None,
-        *,
-        mask: Array | None = None,
-        scale: Array | None = None,
-        bias: Array | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Array: ...
+    def _layout(self) -> tuple[str, int]:
+        return "feature_axis", self.feature_axis
 
-    @overload
-    def __call__(
-        self,
-        x: Array,
-        state: State,
-        *,
-        mask: Array | None = None,
-        scale: Array | None = None,
-        bias: Array | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[Array, State]: ...
-
-    @jax.named_scope("eqx_norms.GroupNorm")
-    def __call__(
-        self,
-        x: Shaped[Array, "*shape"],
-        state: State | None = None,
-        *,
-        mask: Bool[Array, "..."] | None = None,
-        scale: Inexact[Array, "..."] | None = None,
-        bias: Inexact[Array, "..."] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Inexact[Array, "*shape"] | tuple[Inexact[Array, "*shape"], State]:
-        """**Arguments:**
-
-        - `x`: an array of any rank.
-        - `state`: anything, returned as it is, so that the layer can stand where a
-            [`eqx_norms.BatchNorm`][] stood.
-        - `mask`: boolean, broadcastable to `x`. Where it is `False`, `x` does not count for
-            mean and variance, whatever it holds. It is normalised all the same; what is not
-            finite there counts as zero.
-        - `scale`, `bias`: added to the layer's own, if it has any, for this call. Of the
-            feature shape, or broadcastable to `x`.
-        - `key`: ignored; every layer of Equinox takes one.
-
-        **Returns:**
-
-        An array of the shape of `x`; with `state`, a pair of it and `state`.
-
-        **Raises:**
-
-        `ValueError` if an argument does not fit the layer or `x`, `NameError` if
-        `axis_name` is bound nowhere.
-        """
-        del key
+    def _reduction(self, inputs: Inputs) -> Reduction:
         name = type(self).__name__
-        inputs = prepare(
-            x,
-            mask,
-            scale=(self.scale, scale),
-            bias=(self.bias, bias),
-            scale_offset=self.scale_offset,
-            dtype=self.dtype,
-            features=feature_sizes(
-                self.num_features, self.scale, self.bias, self.axis_name
-            ),
-            feature_axes=self.feature_axis,
-            argument="feature_axis",
-            layer=name,
-        )
         (feature_axis,) = inputs.feature_axes
         if self.reduction_axes is None:
             axes = example_axes(
@@ -240,11 +150,4 @@ class GroupNorm(eqx.Module):
                     f"{inputs.x.shape}."
                 )
             axes = tuple(axis for axis in axes if axis != feature_axis)
-        y, _ = standardize(
-            inputs,
-            Reduction(axes, inputs.compute_dtype, (feature_axis, self.num_groups)),
-            bound_members(self.axis_name, self.axis_index_groups, layer=name),
-            epsilon=self.epsilon,
-            fast=self.use_fast_variance,
-        )
-        return y if state is None else (y, state)
+        return Reduction(axes, inputs.compute_dtype, (feature_axis, self.num_groups))

@@ -98,7 +98,7 @@ class Reduction(NamedTuple):
         d = x.astype(self.dtype)
         for part in (shift, offset):
             if part is not None:
-                d = d - self.spread(part, x)
+                d = d - self.spread(part, x).astype(d.dtype)
         return d
 
 
@@ -116,7 +116,7 @@ class Moments(NamedTuple):
     @property
     def mean(self) -> Array:
         parts = [part for part in (self.shift, self.offset) if part is not None]
-        return sum(parts, jnp.zeros_like(self.var))
+        return sum(parts[1:], parts[0]) if parts else jnp.zeros_like(self.var)
 
 
 def real_product(a: Array, b: Array) -> Array:
@@ -202,7 +202,7 @@ def _weighted_mean(members, weight, *values):
         return *members.mean(*values), None
     *means, weight = members.mean(*values, weight)
     divisor = jnp.where(weight > 0, weight, jnp.ones_like(weight))
-    return *(mean / divisor for mean in means), weight
+    return *(mean / divisor.astype(mean.dtype) for mean in means), weight
 
 
 def _pool(members, shift, weight, first, second) -> Moments:
@@ -256,7 +256,7 @@ def moments(
 
     # Then the devices: a few numbers from each, about a shift in common.
     def weighted(value):
-        return value if own.weight is None else own.weight * value
+        return value if own.weight is None else own.weight.astype(value.dtype) * value
 
     if center:
         if fast:
@@ -284,10 +284,11 @@ def over_groups(
     """
     mean, var, weight = rows.mean, rows.var, rows.weight
     if unbiased:
-        count = jnp.asarray(size if weight is None else weight * size, var.dtype)
-        var = var * (count / jnp.where(count > 1, count - 1, count))
+        count = jnp.asarray(size if weight is None else jnp.round(weight * size), var.dtype)
+        var = var * (count / jnp.where(count > 1, count - 1, 1))
     if weight is None:
         return jnp.mean(mean, 0), jnp.mean(var, 0), None
-    total = jnp.sum(weight, 0)
+    total = jnp.sum(weight, 0, keepdims=True)
     share = weight / jnp.where(total > 0, total, 1)
-    return jnp.sum(share * mean, 0), jnp.sum(share * var, 0), total
+    mean = jnp.sum(share.astype(mean.dtype) * mean, 0)
+    return mean, jnp.sum(share * var, 0), total[0]

@@ -9,9 +9,21 @@ from jax import lax
 from jaxtyping import Array
 
 from ._collectives import ALONE, Members
-from ._inputs import Inputs
 from ._moments import Moments, Reduction, moments, sums_tangent
 from ._rules import lean
+
+
+class Inputs(NamedTuple):
+    """An input and what goes with it, all of its rank."""
+
+    x: Array
+    mask: Array | None
+    scale: Array | None
+    bias: Array | None
+    feature_axes: tuple[int, ...]
+    # What to compute in, and what to return.
+    compute_dtype: np.dtype
+    dtype: np.dtype
 
 
 class _Spec(NamedTuple):
@@ -34,7 +46,7 @@ def _standardize(spec, x, mask, m):
     # is normalised to zero, and so are its derivatives.
     v = m.var + spec.epsilon
     inverse = jnp.where(v > 0, lax.rsqrt(jnp.where(v > 0, v, 1)), 0)
-    wide = spec.reduction.spread(inverse, x)
+    wide = spec.reduction.spread(inverse, x).astype(spec.reduction.dtype)
     z = spec.reduction.deviation(x, m.shift, m.offset) * wide
     if mask is None:
         return z, inverse, None
@@ -55,7 +67,10 @@ def _apply(spec, x, mask, scale, bias, m):
 
 def _apply_tangent(spec, x, mask, scale, m, dx, dscale, dbias, dmean, dvar):
     z, inverse, valid = _standardize(spec, x, mask, m)
-    spread = spec.reduction.spread
+
+    def spread(statistic, like):
+        return spec.reduction.spread(statistic, like).astype(z.dtype)
+
     t = jnp.zeros_like(z)
     if dx is not None:
         dx = dx.astype(z.dtype)
@@ -112,7 +127,7 @@ def _apply_own_tangent(spec, kept, dx, dmask, dscale, dbias):
         if m.weight is not None:
             divisor = jnp.where(m.weight > 0, m.weight, 1)
             dvar = dvar / divisor
-            dmean = None if dmean is None else dmean / divisor
+            dmean = None if dmean is None else dmean / divisor.astype(dmean.dtype)
     dy = _apply_tangent(spec, x, mask, scale, m, dx, dscale, dbias, dmean, dvar)
     dm = jax.tree.map(jnp.zeros_like, m)
     if dx is not None:

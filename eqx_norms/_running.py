@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Inexact, Int
 
 from ._axes import from_features, shard_like
-from ._dtypes import promote, real_dtype
+from ._dtypes import cast, promote, real_dtype
 from ._moments import Moments, over_groups
 from ._types import DTypeLike, Shape
 
@@ -90,8 +90,8 @@ def update(
     positions a statistic is over.
     """
     mean, var, weight = over_groups(rows, size, unbiased=unbiased)
-    mean = from_features(mean, feature_axes).astype(old.mean.dtype)
-    var = from_features(var, feature_axes).astype(old.var.dtype)
+    mean = cast(from_features(mean, feature_axes), old.mean.dtype)
+    var = cast(from_features(var, feature_axes), old.var.dtype)
     good = jnp.isfinite(mean) & jnp.isfinite(var)
     if weight is not None:
         good = good & (from_features(weight, feature_axes) > 0)
@@ -102,7 +102,8 @@ def update(
         keep = momentum
 
     def blend(old, new):
-        return jnp.where(good, keep * old + (1 - keep) * new, old)
+        a, b = (jnp.asarray(weight, old.dtype) for weight in (keep, 1 - keep))
+        return jnp.where(good, a * old + b * new, old)
 
     # On an Explicit mesh the features may be sharded and the state not: it stays as it is.
     mean, var, good = (shard_like(a, old.count) for a in (mean, var, good))

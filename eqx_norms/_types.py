@@ -1,5 +1,5 @@
 from collections.abc import Hashable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Array
 
@@ -13,6 +13,7 @@ Shape: TypeAlias = tuple[int, ...]
 DTypeLike: TypeAlias = Any
 
 
+@runtime_checkable
 class Initializer(Protocol):
     """Makes the initial value of a parameter, as those of `jax.nn.initializers` do."""
 

@@ -1,0 +1,220 @@
+"""What the layers have in common: fields, checks, and the call of all but `BatchNorm`."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar, overload
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from equinox.nn import State
+from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
+
+from ._affine import check_num_features, combine, init_affine
+from ._axes import as_tuple, canonicalize_axes, feature_shape, to_rank
+from ._collectives import bound_members, canonicalize_groups, canonicalize_names
+from ._dtypes import check_dtype, check_epsilon, promote, result_dtype
+from ._moments import Reduction
+from ._normalize import Inputs, standardize
+from ._types import AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
+
+
+class AbstractNorm(eqx.Module):
+    """Scale, bias, and the settings that every layer has."""
+
+    scale: Inexact[Array, "*features"] | None
+    bias: Inexact[Array, "*features"] | None
+    num_features: int | tuple[int, ...] = eqx.field(static=True)
+    epsilon: float = eqx.field(static=True)
+    dtype: np.dtype | None = eqx.field(static=True)
+    axis_name: tuple[Any, ...] | None = eqx.field(static=True)
+    axis_index_groups: tuple[tuple[int, ...], ...] | None = eqx.field(static=True)
+    use_fast_variance: bool = eqx.field(static=True)
+    scale_offset: float = eqx.field(static=True)
+
+    def _set_common(
+        self,
+        num_features: int | tuple[int, ...],
+        feature_axes: tuple[int, ...],
+        *,
+        epsilon: float,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike,
+        scale_init: Initializer | None,
+        bias_init: Initializer | None,
+        axis_name: AxisName,
+        axis_index_groups: AxisIndexGroups,
+        use_fast_variance: bool,
+        scale_offset: float,
+        key: PRNGKeyArray | None,
+    ) -> Shape:
+        """Sets these fields, from within a constructor, and returns the feature shape."""
+        name = type(self).__name__
+        shape = check_num_features(num_features, feature_axes, layer=name)
+        self.scale, self.bias = init_affine(
+            shape, param_dtype, key, scale_init=scale_init, bias_init=bias_init, layer=name
+        )
+        self.num_features = num_features
+        self.epsilon = check_epsilon(epsilon, layer=name)
+        self.dtype = (
+            None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
+        )
+        self.axis_name = canonicalize_names(axis_name)
+        self.axis_index_groups = canonicalize_groups(
+            axis_index_groups, self.axis_name, layer=name
+        )
+        self.use_fast_variance = use_fast_variance
+        self.scale_offset = scale_offset
+        return shape
+
+    def _features(self) -> Shape | None:
+        """The feature shape to expect, inside `shard_map` perhaps a part of the whole."""
+        for parameter in (self.scale, self.bias):
+            if parameter is not None:
+                return parameter.shape
+        # Without parameters nothing tells how the features are split over devices.
+        return as_tuple(self.num_features) if self.axis_name is None else None
+
+    def _prepare(
+        self,
+        x: Array,
+        mask: Array | None,
+        scale: Array | None,
+        bias: Array | None,
+        *,
+        features: Shape | None,
+        feature_axes: int | tuple[int, ...],
+        argument: str,
+    ) -> Inputs:
+        """Checks the arguments of a call, and lays them out for the arithmetic.
+
+        `features` is the feature shape that is required, `None` if any will do; `argument`
+        is what the layer calls its `feature_axes`.
+        """
+        name = type(self).__name__
+        x = jnp.asarray(x)
+        axes = canonicalize_axes(feature_axes, x.ndim, layer=name, argument=argument)
+        received = feature_shape(x.shape, axes)
+        if features is not None and received != features:
+            raise ValueError(
+                f"{name}: expected features of shape {features} along `{argument}={axes}`, "
+                f"got {received} in an input of shape {x.shape}. Check `num_features`, and "
+                f"that `{argument}` says where the features are."
+            )
+        if mask is not None:
+            mask = jnp.asarray(mask)
+            if mask.dtype != jnp.bool_:
+                raise ValueError(
+                    f"{name}: `mask` must be boolean, True where a position counts, got "
+                    f"dtype {mask.dtype}."
+                )
+            mask = to_rank(mask, x, layer=name, argument="mask")
+        dtype = result_dtype(self.dtype, x, self.scale, self.bias, scale, bias, layer=name)
+        wide = promote(x.dtype, dtype, jnp.float32)
+
+        def applied(learned, given, offset, argument):
+            return combine(
+                learned, given, offset, x, axes, wide, layer=name, argument=argument
+            )
+
+        return Inputs(
+            x,
+            mask,
+            applied(self.scale, scale, self.scale_offset, "scale"),
+            applied(self.bias, bias, 0.0, "bias"),
+            axes,
+            wide,
+            dtype,
+        )
+
+
+class AbstractExampleNorm(AbstractNorm):
+    """A layer whose statistics are those of its input alone."""
+
+    _center: ClassVar[bool] = True
+
+    @abstractmethod
+    def _layout(self) -> tuple[str, int | tuple[int, ...]]:
+        """What the layer calls its feature axes, and which they are."""
+
+    @abstractmethod
+    def _reduction(self, inputs: Inputs) -> Reduction:
+        """What the statistics are over."""
+
+    @overload
+    def __call__(
+        self,
+        x: Array,
+        state: None = None,
+        *,
+        mask: Array | None = None,
+        scale: Array | None = None,
+        bias: Array | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Array,
+        state: State,
+        *,
+        mask: Array | None = None,
+        scale: Array | None = None,
+        bias: Array | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Array, State]: ...
+
+    def __call__(
+        self,
+        x: Shaped[Array, "*shape"],
+        state: State | None = None,
+        *,
+        mask: Bool[Array, "..."] | None = None,
+        scale: Inexact[Array, "..."] | None = None,
+        bias: Inexact[Array, "..."] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Inexact[Array, "*shape"] | tuple[Inexact[Array, "*shape"], State]:
+        """**Arguments:**
+
+        - `x`: an array of any rank.
+        - `state`: returned as it is, so that the layer can stand where a
+            [`eqx_norms.BatchNorm`][] stood.
+        - `mask`: boolean, broadcastable to `x`. Where it is `False`, `x` does not count for
+            the statistics, whatever it holds. It is normalised all the same; what is not
+            finite there counts as zero.
+        - `scale`, `bias`: added to the layer's own, if it has any, for this call. Of the
+            feature shape, or broadcastable to `x`.
+        - `key`: ignored; every layer of Equinox takes one.
+
+        **Returns:**
+
+        An array of the shape of `x`; with `state`, a pair of it and `state`.
+
+        **Raises:**
+
+        `ValueError` if an argument does not fit the layer or `x`, `NameError` if
+        `axis_name` is bound nowhere.
+        """
+        del key
+        name = type(self).__name__
+        argument, feature_axes = self._layout()
+        with jax.named_scope(f"eqx_norms.{name}"):
+            inputs = self._prepare(
+                x,
+                mask,
+                scale,
+                bias,
+                features=self._features(),
+                feature_axes=feature_axes,
+                argument=argument,
+            )
+            y, _ = standardize(
+                inputs,
+                self._reduction(inputs),
+                bound_members(self.axis_name, self.axis_index_groups, layer=name),
+                epsilon=self.epsilon,
+                center=self._center,
+                fast=self.use_fast_variance,
+            )
+        return y if state is None else (y, state)
