@@ -104,14 +104,13 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             equal size and together all of them: each group is normalised with statistics of
             its own, and the running statistics take the average over the groups, weighted
             by what each counted.
-        - `use_fast_variance`: how the data is shifted before it is squared. If `True`, by
-            a value seen in it (the median of the first, middle and last position), so
-            that it is read once; the variance is good to about
-            $1 + (\\text{shift} - \\text{mean})^2 / \\text{Var}$ roundings. Over devices
-            the shift in common is the running mean, so that each of them communicates
-            once. If `False`, by the mean, always exact, for one more reading and one more
-            communication. With a `mask`, or under `jax.vmap` with `axis_name`, the data
-            of one device is always shifted by its mean.
+        - `use_fast_variance`: how the data is shifted before it is squared, which decides how
+            much of the variance is lost: about $(\\text{shift} - \\text{mean})^2 / \\text{Var}$
+            roundings. If `False`, by its mean: nothing is lost. If `True`, by a guess where
+            the mean would cost another reading or communication. On one device that is the
+            median of the first, middle and last position, but only where the last axes are
+            not those averaged over, and there is neither a `mask` nor a vmapped
+            `axis_name`; else it is the mean all the same. Between devices it is the running mean.
         - `use_unbiased_variance`: whether the running variance is of the sample, divided by
             one less than the positions counted, as in PyTorch. The batch itself is
             normalised with the biased one either way.

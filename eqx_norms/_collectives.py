@@ -22,32 +22,47 @@ Names: TypeAlias = tuple[Hashable, ...]
 Groups: TypeAlias = tuple[tuple[int, ...], ...]
 
 
-# A sum over the axis of a `vmap`.
+# The sum over the axis of a `vmap`, and a member's index along it.
 #
-# `lax.psum` does this too, but not inside `shard_map` with its default `check_vma=True`:
-# there JAX refuses every collective over a vmapped name, because a collective has to say
-# along which mesh axes its result still varies, and a vmapped axis is no mesh axis. This
-# primitive has no name. Its second operand is `lax.axis_index(name)`, which is batched at
-# exactly one `vmap`, the one that owns the name, and there the first operand is summed.
-# `jax.custom_batching.custom_vmap` could say the same, but has no transpose, so that
-# `vmap(grad(f), axis_name=...)` would fail.
-
-_vmapped_sum_p = Primitive("vmapped_sum")
-_vmapped_sum_p.def_impl(lambda x, index: x)
-_vmapped_sum_p.def_abstract_eval(lambda x, index: x)
-mlir.register_lowering(
-    _vmapped_sum_p, mlir.lower_fun(lambda x, index: x, multiple_results=False)
-)
+# JAX has both, but not inside `shard_map` with its default `check_vma=True`, where each
+# value says along which mesh axes it varies, and a vmapped axis is no mesh axis: a `psum`
+# over its name is refused, and `lax.axis_index` within one more `jit`, `scan` or
+# `checkpoint` claims to vary along it, so that arithmetic with it fails.
+#
+# These primitives have no name, and what they give is of the first operand's type. The
+# second is `lax.axis_index(name)`, which is batched at exactly one `vmap`, the one that
+# owns the name, and there they do what they are for. `jax.custom_batching.custom_vmap`
+# could say the same, but has no transpose: `vmap(grad(f), axis_name=...)` would fail.
 
 
-def _vmapped_sum_batch(operands, dims):
-    x, index = operands
-    x_dim, index_dim = dims
-    if index_dim is None:  # a `vmap` that does not own the name
-        return _vmapped_sum_p.bind(x, index), x_dim
+def _vmapped(name, at_owner):
+    primitive = Primitive(name)
+
+    def first(x, index):
+        return x
+
+    def batch(operands, dims):
+        x, index = operands
+        x_dim, index_dim = dims
+        if index_dim is None:  # a `vmap` that does not own the name
+            return primitive.bind(x, index), x_dim
+        return at_owner(x, x_dim, index, index_dim)
+
+    primitive.def_impl(first)
+    primitive.def_abstract_eval(first)
+    mlir.register_lowering(primitive, mlir.lower_fun(first, multiple_results=False))
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+def _sum_at_owner(x, x_dim, index, index_dim):
     if x_dim is None:
         return x * index.shape[index_dim], None
     return jnp.sum(x, axis=x_dim), None
+
+
+_vmapped_sum_p = _vmapped("vmapped_sum", _sum_at_owner)
+_vmapped_index_p = _vmapped("vmapped_index", lambda x, x_dim, *index: index)
 
 
 def _vmapped_sum_jvp(primals, tangents):
@@ -62,7 +77,6 @@ def _vmapped_sum_transpose(ct, x, index):
     return ct if type(ct) is ad.Zero else _vmapped_sum_p.bind(ct, index), None
 
 
-batching.primitive_batchers[_vmapped_sum_p] = _vmapped_sum_batch
 ad.primitive_jvps[_vmapped_sum_p] = _vmapped_sum_jvp
 ad.primitive_transposes[_vmapped_sum_p] = _vmapped_sum_transpose
 
@@ -91,7 +105,10 @@ class Members(NamedTuple):
         group_of = np.empty(lax.axis_size(name), np.int32)
         for number, group in enumerate(self.groups):
             group_of[list(group)] = number
-        return jnp.asarray(group_of)[lax.axis_index(name)]
+        index = lax.axis_index(name)
+        if self.vmapped:
+            index = _vmapped_index_p.bind(jnp.zeros((), index.dtype), index)
+        return jnp.asarray(group_of)[index]
 
     def _sum(self, x: Array) -> Array:
         if not self.vmapped:
@@ -114,11 +131,12 @@ class Members(NamedTuple):
         parts = [
             p for v in values for p in ((v.real, v.imag) if jnp.iscomplexobj(v) else (v,))
         ]
-        stacked = jnp.stack(parts)[None]
+        # Divided before they are added, numbers that fit do not overflow in their sum.
+        stacked = jnp.stack(parts)[None] / self.number
         if self.groups is not None:
             rows = np.arange(len(self.groups)).reshape(-1, *[1] * (stacked.ndim - 1))
             stacked = jnp.where(rows == self._group(), stacked, jnp.zeros_like(stacked))
-        means = iter(jnp.moveaxis(self._sum(stacked), 1, 0) / self.number)
+        means = iter(jnp.moveaxis(self._sum(stacked), 1, 0))
         return tuple(
             lax.complex(next(means), next(means)) if jnp.iscomplexobj(v) else next(means)
             for v in values
@@ -134,13 +152,17 @@ class Members(NamedTuple):
 ALONE = Members((), None, vmapped=True)
 
 
-def canonicalize_names(axis_name: AxisName) -> Names | None:
+def canonicalize_names(axis_name: AxisName, *, layer: str) -> Names | None:
     """A hashable form for a static field."""
     if axis_name is None:
         return None
-    if isinstance(axis_name, (tuple, list)):
-        return tuple(axis_name) or None
-    return (axis_name,)
+    if not isinstance(axis_name, (tuple, list)):
+        return (axis_name,)
+    if len(set(axis_name)) != len(axis_name):
+        raise ValueError(
+            f"{layer}: `axis_name={axis_name}` has a name more than once. Give each once."
+        )
+    return tuple(axis_name) or None
 
 
 def canonicalize_groups(

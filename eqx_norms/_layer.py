@@ -59,7 +59,7 @@ class AbstractNorm(eqx.Module):
         self.dtype = (
             None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
         )
-        self.axis_name = canonicalize_names(axis_name)
+        self.axis_name = canonicalize_names(axis_name, layer=name)
         self.axis_index_groups = canonicalize_groups(
             axis_index_groups, self.axis_name, layer=name
         )

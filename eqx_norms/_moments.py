@@ -55,11 +55,7 @@ class Reduction(NamedTuple):
         return jnp.sum(x.reshape(split), axis + 1, dtype=x.dtype)
 
     def mean(self, x: Array) -> Array:
-        # Scaled before they are added, squares that fit do not overflow in the sum; a
-        # power of two scales without rounding.
-        size = self.size(x.shape)
-        power = 2.0 ** -math.ceil(math.log2(size))
-        return self.sum(x * power) / (size * power)
+        return self.sum(x) / self.size(x.shape)
 
     def size(self, shape: Shape) -> int:
         """How many positions go into one statistic of an input of this shape."""
@@ -148,9 +144,12 @@ class _Spec(NamedTuple):
 
 
 def _sums(spec, x, mask, shift):
-    d = counted(mask, spec.reduction.deviation(x, shift, None))
-    first = spec.reduction.mean(d) if spec.center else None
-    return first, spec.reduction.mean(abs_square(d))
+    # Scaled before they are squared, deviations whose squares fit do not overflow in their
+    # sum; a power of two scales without rounding.
+    p = 2.0 ** -math.ceil(math.log2(spec.reduction.size(x.shape)) / 2)
+    d = counted(mask, p * spec.reduction.deviation(x, shift, None))
+    first = spec.reduction.mean(d) / p if spec.center else None
+    return first, spec.reduction.mean(abs_square(d)) / p**2
 
 
 def sums_tangent(reduction, center, x, mask, shift, offset, dx):
@@ -159,7 +158,7 @@ def sums_tangent(reduction, center, x, mask, shift, offset, dx):
     d = counted(mask, reduction.deviation(x, shift, offset))
     t = counted(mask, dx.astype(d.dtype))
     first = reduction.mean(t) if center else None
-    return first, reduction.mean(2 * real_product(d, t))
+    return first, 2 * reduction.mean(real_product(d, t))
 
 
 def _sums_tangent(spec, kept, dx, *_):
@@ -173,12 +172,15 @@ _block_sums = lean(_sums, _sums_tangent, lambda args, _: args)
 def _guess(x: Array, reduction: Reduction) -> Array | None:
     """The median of the first, middle and last position: one outlier does no harm.
 
-    `None` where these are not to be had.
+    `None` where these are not to be had, or the mean costs no more: XLA keeps what it
+    reduces over trailing axes at hand, and reads it from memory once, but not if it has to
+    be sliced as well.
     """
     # On an Explicit mesh JAX refuses to slice along a sharded axis.
     sharding = jax.typeof(x).sharding.spec
     sharded = any(sharding[axis] is not None for axis in reduction.axes)
-    if sharded or jnp.iscomplexobj(x) or x.size == 0:
+    trailing = set(reduction.axes) == set(range(x.ndim - len(reduction.axes), x.ndim))
+    if sharded or trailing or jnp.iscomplexobj(x) or x.size == 0:
         return None
 
     def at(position):

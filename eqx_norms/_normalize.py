@@ -1,5 +1,6 @@
 """`(x - mean) / sqrt(var + epsilon) * scale + bias`: the library's only normalisation."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -40,59 +41,92 @@ class _OwnSpec(NamedTuple):
     fast: bool
 
 
-def _standardize(spec, x, mask, m):
-    """The standardized input, the inverse deviation, and what was left as it is."""
-    # Without variance, and without an epsilon, there is nothing to scale up: such data
-    # is normalised to zero, and so are its derivatives.
+def _deviation(spec, x, mask, m):
+    """`x - mean`, the inverse standard deviation laid out against it, and which positions
+    are left as they are: an excluded one that does not come out finite counts as zero."""
     v = m.var + spec.epsilon
-    inverse = jnp.where(v > 0, lax.rsqrt(jnp.where(v > 0, v, 1)), 0)
-    wide = spec.reduction.spread(inverse, x).astype(spec.reduction.dtype)
-    z = spec.reduction.deviation(x, m.shift, m.offset) * wide
+    if spec.epsilon > 0:
+        inverse = lax.rsqrt(v)
+    else:
+        # Without variance there is nothing to scale up: such data is normalised to zero,
+        # and so are its derivatives.
+        inverse = jnp.where(v > 0, lax.rsqrt(jnp.where(v > 0, v, 1)), 0)
+    inverse = spec.reduction.spread(inverse, x).astype(spec.reduction.dtype)
+    d = spec.reduction.deviation(x, m.shift, m.offset)
     if mask is None:
-        return z, inverse, None
-    # An excluded position is normalised as well, but what cannot be counts as a zero.
-    valid = mask | jnp.isfinite(z)
-    zero = spec.reduction.deviation(jnp.zeros_like(x), m.shift, m.offset) * wide
-    return jnp.where(valid, z, zero), inverse, valid
+        return d, inverse, None
+    valid = mask | jnp.isfinite(d * inverse)
+    zero = spec.reduction.deviation(jnp.zeros_like(x), m.shift, m.offset)
+    return jnp.where(valid, d, zero), inverse, valid
+
+
+def _folds(a: Array, b: Array) -> bool:
+    """Whether a product is no larger than its factors, and so better formed first."""
+    return math.prod(np.broadcast_shapes(a.shape, b.shape)) <= max(a.size, b.size)
 
 
 def _apply(spec, x, mask, scale, bias, m):
-    y, _, _ = _standardize(spec, x, mask, m)
-    if scale is not None:
-        y = y * scale.astype(y.dtype)
+    d, inverse, _ = _deviation(spec, x, mask, m)
+    if scale is None:
+        y = d * inverse
+    elif _folds(inverse, scale):
+        y = d * (inverse * scale.astype(d.dtype))
+    else:
+        y = d * inverse * scale.astype(d.dtype)
     if bias is not None:
-        y = y + bias.astype(y.dtype)
+        y = y + bias.astype(d.dtype)
     return y.astype(spec.dtype)
 
 
+def _times(a: Array | None, b: Array | None) -> Array | None:
+    return None if a is None or b is None else a * b
+
+
+def _plus(*terms: Array | None) -> Array | None:
+    present = [term for term in terms if term is not None]
+    return sum(present[1:], present[0]) if present else None
+
+
 def _apply_tangent(spec, x, mask, scale, m, dx, dscale, dbias, dmean, dvar):
-    z, inverse, valid = _standardize(spec, x, mask, m)
+    """`dx * factor + z * slope + level`, the last two of which are small: transposed,
+    each is one sum over the input."""
+    d, inverse, valid = _deviation(spec, x, mask, m)
+    z = d * inverse
 
-    def spread(statistic, like):
-        return spec.reduction.spread(statistic, like).astype(z.dtype)
+    def laid_out(statistic):
+        return (
+            None
+            if statistic is None
+            else spec.reduction.spread(statistic, x).astype(d.dtype)
+        )
 
-    t = jnp.zeros_like(z)
-    if dx is not None:
-        dx = dx.astype(z.dtype)
-        t = dx if valid is None else jnp.where(valid, dx, t)
-    if dmean is not None:
-        t = t - spread(dmean, x)
-    t = t * spread(inverse, x)
-    if dvar is not None:
-        t = t - z * spread(dvar * inverse * inverse / 2, x)
-    if scale is not None:
-        t = t * scale.astype(z.dtype)
-    if dscale is not None:
-        t = t + z * dscale.astype(z.dtype)
-    if dbias is not None:
-        t = t + dbias.astype(z.dtype)
+    scale, dx, dscale, dbias = (
+        None if a is None else a.astype(d.dtype) for a in (scale, dx, dscale, dbias)
+    )
+    if dx is not None and valid is not None:
+        dx = jnp.where(valid, dx, jnp.zeros_like(dx))
+    slope = _times(laid_out(dvar), -inverse * inverse / 2)
+    level = _times(laid_out(dmean), -inverse)
+    if scale is None or _folds(inverse, scale):
+        factor = inverse
+        if scale is not None:
+            factor, slope, level = (
+                inverse * scale,
+                _times(slope, scale),
+                _times(level, scale),
+            )
+        slope, level = _plus(slope, dscale), _plus(level, dbias)
+        t = _plus(_times(dx, factor), _times(z, slope), level)
+    else:
+        t = _plus(_times(dx, inverse), _times(z, slope), level)
+        t = _plus(_times(t, scale), _times(z, dscale), dbias)
+    t = jnp.zeros_like(z) if t is None else jnp.broadcast_to(t, z.shape)
     return t.astype(spec.dtype)
 
 
 def _normalize_tangent(spec, kept, dx, dmask, dscale, dbias, dm):
     del dmask
-    parts = [part for part in (dm.shift, dm.offset) if part is not None]
-    dmean = sum(parts[1:], parts[0]) if parts else None
+    dmean = _plus(dm.shift, dm.offset)
     x, mask, scale, m = kept
     return _apply_tangent(spec, x, mask, scale, m, dx, dscale, dbias, dmean, dm.var)
 

@@ -1,6 +1,5 @@
 """Derivative rules that keep nothing but what they are given."""
 
-import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +29,7 @@ def lean(
     def rule(spec, args, tangents):
         out = call(spec, *args)
 
-        # Inside a `jit` nothing is gained by the barriers that `prevent_cse` inserts, and
-        # they would keep XLA from fusing the rule with what surrounds it.
-        @ft.partial(jax.checkpoint, prevent_cse=False)
+        @jax.checkpoint
         def linear(kept, tangents):
             return tangent(spec, kept, *tangents)
 
