@@ -104,15 +104,15 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             equal size and together all of them: each group is normalised with statistics of
             its own, and the running statistics take the average over the groups, weighted
             by what each counted.
-        - `use_fast_variance`: how the data is shifted before it is squared, which decides how
-            much of the variance is lost: about $(\\text{shift} - \\text{mean})^2 / \\text{Var}$
-            roundings. If `False`, by its mean: nothing is lost. If `True`, by a guess where
-            the mean would cost another reading or communication. On one device that is the
-            median of the first, middle and last position, but only where the last axes are
-            not those averaged over, and there is neither a `mask` nor a vmapped
-            `axis_name`; else it is the mean all the same. Between devices it is the running mean.
-        - `use_unbiased_variance`: whether the running variance is of the sample, divided by
-            one less than the positions counted, as in PyTorch. The batch itself is
+        - `use_fast_variance`: how the data is shifted before it is squared, which costs the
+            variance about $(\\text{shift} - \\text{mean})^2 / \\text{Var}$ roundings.
+            If `False`, by its mean: nothing is lost. If `True`, by a guess where the mean
+            would cost another reading or communication. On one device that is the median
+            of the first, middle and last position, but only where the last axes are not
+            those averaged over, and there is neither a `mask` nor a vmapped `axis_name`;
+            else it is the mean all the same. Between devices it is the running mean.
+        - `use_unbiased_variance`: whether the running variance is of the sample, divided
+            by one less than the positions counted, as in PyTorch. The batch itself is
             normalised with the biased one either way.
         - `scale_offset`: added to the scale, in the precision of the statistics.
         - `key`: a `jax.random` key for the initializers, if they need one.

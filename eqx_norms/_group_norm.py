@@ -79,13 +79,13 @@ class GroupNorm(AbstractExampleNorm):
             or `jax.shard_map`: mean and variance are taken over these too.
         - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of
             equal size and together all of them: each group has statistics of its own.
-        - `use_fast_variance`: how the data is shifted before it is squared, which decides how
-            much of the variance is lost: about $(\\text{shift} - \\text{mean})^2 / \\text{Var}$
-            roundings. If `False`, by its mean: nothing is lost. If `True`, by a guess where
-            the mean would cost another reading or communication. On one device that is the
-            median of the first, middle and last position, but only where the last axes are
-            not those averaged over, and there is neither a `mask` nor a vmapped
-            `axis_name`; else it is the mean all the same. Between devices it is zero.
+        - `use_fast_variance`: how the data is shifted before it is squared, which costs the
+            variance about $(\\text{shift} - \\text{mean})^2 / \\text{Var}$ roundings.
+            If `False`, by its mean: nothing is lost. If `True`, by a guess where the mean
+            would cost another reading or communication. On one device that is the median
+            of the first, middle and last position, but only where the last axes are not
+            those averaged over, and there is neither a `mask` nor a vmapped `axis_name`;
+            else it is the mean all the same. Between devices it is zero.
         - `scale_offset`: added to the scale, in the precision of the statistics.
         - `key`: a `jax.random` key for the initializers, if they need one.
 
