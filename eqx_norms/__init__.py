@@ -1,4 +1,6 @@
 from ._batch_norm import BatchNorm as BatchNorm
+from ._batch_norm import freeze as freeze
+from ._batch_norm import unfreeze as unfreeze
 from ._group_norm import GroupNorm as GroupNorm
 from ._instance_norm import InstanceNorm as InstanceNorm
 from ._layer_norm import LayerNorm as LayerNorm

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from equinox.nn import State, StatefulLayer, StateIndex
 from jax.nn.initializers import ones, zeros
-from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, PyTree, Shaped
 
 from ._axes import check_axes, other_axes, to_features
 from ._collectives import bound_members
@@ -235,3 +235,44 @@ class BatchNorm(AbstractNorm, StatefulLayer):
     def running_stats(self, state: State) -> RunningStats:
         """The running statistics that `state` holds for this layer."""
         return get_stats(state, self.state_index, layer=type(self).__name__)
+
+
+def freeze(model: PyTree) -> PyTree:
+    """Has every [`eqx_norms.BatchNorm`][] in a model normalise with its running statistics
+    and leave them alone, whatever `equinox.nn.inference_mode` or the call says.
+
+    **Arguments:**
+
+    - `model`: any PyTree, a single layer included.
+
+    **Returns:**
+
+    The model, with the field `frozen` of each of these layers `True`.
+
+    **Raises:**
+
+    `ValueError` if there is none.
+    """
+    return _set_frozen(model, True)
+
+
+def unfreeze(model: PyTree) -> PyTree:
+    """The opposite of [`eqx_norms.freeze`][]."""
+    return _set_frozen(model, False)
+
+
+def _set_frozen(model: PyTree, frozen: bool) -> PyTree:
+    def is_layer(node):
+        return isinstance(node, BatchNorm)
+
+    if not any(is_layer(node) for node in jax.tree.leaves(model, is_leaf=is_layer)):
+        raise ValueError("There is no `eqx_norms.BatchNorm` in this model.")
+
+    def change(node):
+        return (
+            eqx.tree_at(lambda layer: layer.frozen, node, frozen)
+            if is_layer(node)
+            else node
+        )
+
+    return jax.tree.map(change, model, is_leaf=is_layer)
