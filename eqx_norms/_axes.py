@@ -1,5 +1,6 @@
 """Axes given by the user, made canonical; small arrays laid out against the input."""
 
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -12,7 +13,9 @@ from ._types import Axes, Shape
 
 
 def as_tuple(axes: Axes) -> tuple[int, ...]:
-    return (axes,) if isinstance(axes, int) else tuple(axes)
+    if isinstance(axes, Sequence):
+        return tuple(operator.index(axis) for axis in axes)
+    return (operator.index(axes),)
 
 
 def check_axes(axes: Axes, *, layer: str, argument: str) -> tuple[int, ...]:

@@ -114,7 +114,8 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         - `use_unbiased_variance`: whether the running variance is of the sample, divided
             by one less than the positions counted, as in PyTorch. The batch itself is
             normalised with the biased one either way.
-        - `scale_offset`: added to the scale, in the precision of the statistics.
+        - `scale_offset`: added to the scale, the layer's or that of the call, in the
+            precision of the statistics. Without either there is no scale.
         - `key`: a `jax.random` key for the initializers, if they need one.
 
         **Raises:**

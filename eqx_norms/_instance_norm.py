@@ -76,7 +76,8 @@ class InstanceNorm(AbstractExampleNorm):
             of the first, middle and last position, but only where the last axes are not
             those averaged over, and there is neither a `mask` nor a vmapped `axis_name`;
             else it is the mean all the same. Between devices it is zero.
-        - `scale_offset`: added to the scale, in the precision of the statistics.
+        - `scale_offset`: added to the scale, the layer's or that of the call, in the
+            precision of the statistics. Without either there is no scale.
         - `key`: a `jax.random` key for the initializers, if they need one.
 
         **Raises:**

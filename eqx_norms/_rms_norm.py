@@ -73,7 +73,8 @@ class RMSNorm(AbstractExampleNorm):
             equal size and together all of them: each group has a mean square of its own.
         - `use_fast_variance`: for the sake of Flax's interface. There is no mean to
             subtract, so the data is read once, and exactly, either way.
-        - `scale_offset`: added to the scale, in the precision of the statistics.
+        - `scale_offset`: added to the scale, the layer's or that of the call, in the
+            precision of the statistics. Without either there is no scale.
         - `key`: a `jax.random` key for the initializers, if they need one.
 
         **Raises:**

@@ -42,7 +42,7 @@ def check_momentum(momentum: float | None, *, layer: str) -> float | None:
             f"{layer}: `momentum` is the weight of the old running statistics, from 0 to "
             f"1, or `None` for the average over all batches, got {momentum}."
         )
-    return momentum
+    return None if momentum is None else float(momentum)
 
 
 def get_stats(state: State, index: StateIndex[RunningStats], *, layer: str) -> RunningStats:

@@ -65,7 +65,7 @@ def filter_shard_map(
         ```
     """
     if f is None:
-        return ft.partial(  # pyright: ignore[reportReturnType]
+        return ft.partial(
             filter_shard_map,
             mesh=mesh,
             in_specs=in_specs,

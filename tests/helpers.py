@@ -70,11 +70,29 @@ def reference(
     mask: Any = None,
     scale: Any = None,
     bias: Any = None,
+    groups: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Output, mean and variance in float64 (complex128), written as plainly as it goes."""
+    """Output, mean and variance in float64 (complex128), written as plainly as it goes.
+
+    `groups` is an axis, one of `axes`, and into how many parts it is cut first.
+    """
     x = np.asarray(x)
     x = x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
     counted = np.ones(x.shape, bool) if mask is None else np.broadcast_to(mask, x.shape)
+    if groups is not None:
+        axis, number = groups
+        parts = [
+            reference(part, axes, center=center, epsilon=epsilon, mask=counts)
+            for part, counts in zip(
+                np.split(x, number, axis), np.split(counted, number, axis), strict=True
+            )
+        ]
+        y, mean, var = (np.concatenate(p, axis) for p in zip(*parts, strict=True))
+        if scale is not None:
+            y = y * np.asarray(scale).astype(x.dtype)
+        if bias is not None:
+            y = y + np.asarray(bias).astype(x.dtype)
+        return y, mean, var
     x = np.where(counted | np.isfinite(x), x, 0)
     number = np.maximum(counted.sum(axes, keepdims=True), 1)
     mean = np.where(counted, x, 0).sum(axes, keepdims=True) / number
@@ -86,10 +104,67 @@ def reference(
         inverse = np.where(var + epsilon > 0, 1 / np.sqrt(var + epsilon), 0)
     y = (x - mean) * inverse
     if scale is not None:
-        y = y * np.asarray(scale, np.float64)
+        y = y * np.asarray(scale).astype(x.dtype)
     if bias is not None:
-        y = y + np.asarray(bias, np.float64)
+        y = y + np.asarray(bias).astype(x.dtype)
     return y, mean, var
+
+
+def plain(
+    x: jax.Array,
+    axes: tuple[int, ...],
+    *,
+    center: bool = True,
+    epsilon: float = 1e-6,
+    mask: Any = None,
+    groups: tuple[int, int] | None = None,
+) -> jax.Array:
+    """The formula in the input's dtype, for JAX to differentiate as it stands.
+
+    Must not be given anything that is not finite, under the mask neither.
+    """
+    counted = jnp.broadcast_to(True if mask is None else mask, x.shape)
+    if groups is not None:
+        axis, number = groups
+        pieces = zip(
+            jnp.split(x, number, axis), jnp.split(counted, number, axis), strict=True
+        )
+        return jnp.concatenate(
+            [plain(p, axes, center=center, epsilon=epsilon, mask=m) for p, m in pieces],
+            axis,
+        )
+    number = jnp.maximum(jnp.sum(counted, axes, keepdims=True), 1).astype(x.dtype)
+    if center:
+        x = x - jnp.sum(jnp.where(counted, x, 0), axes, keepdims=True) / number
+    square = x.real**2 + x.imag**2 if jnp.iscomplexobj(x) else x**2
+    var = jnp.sum(jnp.where(counted, square, 0), axes, keepdims=True) / number.real
+    return x / jnp.sqrt(var + epsilon).astype(x.dtype)
+
+
+def along(array: Any, axes: tuple[int, ...], ndim: int) -> np.ndarray:
+    """An array with one axis for each of `axes`, in that order, laid out in `ndim`
+    dimensions: element by element, to be as unlike the library as can be."""
+    array = np.asarray(array)
+    shape = [1] * ndim
+    for axis, size in zip(axes, array.shape, strict=True):
+        shape[axis] = size
+    out = np.empty(shape, array.dtype)
+    for position in np.ndindex(array.shape):
+        where = [0] * ndim
+        for axis, index in zip(axes, position, strict=True):
+            where[axis] = index
+        out[tuple(where)] = array[position]
+    return out
+
+
+def randomize(layer: Any, seed: int = 0) -> Any:
+    """Scale and bias drawn at random, where they exist: ones and zeros hide mistakes."""
+    for number, name in enumerate(("scale", "bias")):
+        old = getattr(layer, name, None)
+        if old is not None:
+            new = 1 + normal(1000 * seed + number, old.shape).astype(old.dtype) / 4
+            layer = eqx.tree_at(lambda tree, name=name: getattr(tree, name), layer, new)
+    return layer
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -112,4 +187,5 @@ def bytes_kept(f: Callable[..., Any], *args: Any) -> int:
 def count_in_hlo(f: Callable[..., Any], *args: Any, op: str = "all-reduce") -> int:
     """How often an operation stands in the compiled program."""
     text = jax.jit(f).lower(*args).compile().as_text()
+    assert text is not None
     return text.count(f" {op}(") + text.count(f" {op}-start(")
