@@ -1,0 +1,125 @@
+"""The main job: `notebooks/train_digits.py`."""
+
+import importlib.util
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eqx_norms as en
+
+
+for module in ("matplotlib", "optax", "sklearn", "tqdm"):
+    pytest.importorskip(module)
+
+SCRIPT = Path(__file__).parents[1] / "notebooks" / "train_digits.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_digits", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_data_is_split_without_overlap(script):
+    data, test = script.load_data()
+    train_set = {image.tobytes() for image in np.asarray(data.images)}
+    test_set = {image.tobytes() for image in np.asarray(test.images)}
+    assert len(data.labels) == script.TRAIN_SIZE
+    assert len(test.labels) == 1797 - script.TRAIN_SIZE
+    assert not train_set & test_set
+
+
+def test_four_devices_give_the_loss_of_one(script, tmp_path):
+    picture = tmp_path / "curves.png"
+    options = ["--devices=4", "--epochs=1", "--norm=batch", f"--output={picture}"]
+    run = subprocess.run(
+        [sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=200
+    )
+    assert run.returncode == 0, run.stderr
+    assert "12/12" in run.stderr  # the progress bar
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    _, row, last = run.stdout.splitlines()
+    assert str(picture) in last
+    norm, _, first_epoch_loss, *_ = row.split()
+    assert norm == "batch"
+
+    with jax.numpy_dtype_promotion("standard"):  # Optax is not strict
+        one = script.train("batch", *script.load_data(), devices=1, epochs=1, seed=0)
+    assert float(first_epoch_loss) == pytest.approx(one.loss[0].mean(), abs=1e-3)
+    assert one.loss[0, -1] < one.loss[0, 0] - 0.5
+    for stats in one.running:
+        assert (np.asarray(stats.count) == 12).all()
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_plot(script, tmp_path, running):
+    history = script.History(np.ones((2, 3)), np.array([0.5, np.nan]), [], 1.0)
+    if running:
+        stats = en.RunningStats(jnp.zeros(3), jnp.ones(3), jnp.ones(3, jnp.int32))
+        histories = {"none": history, "batch": history._replace(running=[stats, stats])}
+    else:
+        histories = {"none": history, "rms": history}
+    script.plot(histories, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--norm=group", "--norm: invalid choice: 'group'"),
+        ("--epochs=0", "--epochs: must be a whole number, at least 1, got 0"),
+        ("--epochs=two", "--epochs: must be a whole number, at least 1, got two"),
+        ("--seed=-1", "--seed: must be a whole number, at least 0, got -1"),
+        ("--devices=0", "--devices: must be a whole number, at least 1, got 0"),
+        ("--devices=7", "--devices: must divide the batch of 120, got 7"),
+        ("--output=a.jpg", "--output: must end in .png, got a.jpg"),
+        ("--output=nowhere/a.png", "--output: cannot write to the folder nowhere"),
+        ("--layer=batch", "unrecognized arguments: --layer=batch"),
+    ],
+)
+def test_a_bad_option_is_a_usage_error(script, capsys, option, message):
+    with pytest.raises(SystemExit, match="2"):
+        script.main([option])
+    error = capsys.readouterr().err
+    assert error.startswith("usage:")
+    assert message in error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is sent differently there")
+def test_ctrl_c(tmp_path):
+    picture = tmp_path / "curves.png"
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, f"--output={picture}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    guard = threading.Timer(200, process.kill)
+    guard.start()
+    try:
+        assert process.stderr is not None
+        # The progress bar: the training has begun.
+        error = process.stderr.read(1)
+        process.send_signal(signal.SIGINT)
+        error += process.stderr.read()
+        process.stderr.close()
+        code = process.wait()
+    finally:
+        guard.cancel()
+        process.kill()
+        process.wait()
+    assert code == 130, error.decode()
+    message = "Interrupted: 0 of 4 networks were trained, no picture was written."
+    assert message in error.decode()
+    assert b"Traceback" not in error
+    assert not picture.exists()
