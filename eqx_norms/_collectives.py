@@ -4,7 +4,7 @@ This is the only module that knows how an axis came by its name.
 """
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -171,6 +171,11 @@ def canonicalize_groups(
     """A hashable form for a static field; what can be checked without the axis is."""
     if groups is None:
         return None
+    if not all(isinstance(group, Sequence) for group in groups):
+        raise ValueError(
+            f"{layer}: `axis_index_groups` must be a list of groups, each a list of "
+            f"indices, got {groups}."
+        )
     canonical = tuple(tuple(int(index) for index in group) for group in groups)
     if names is None or len(names) != 1:
         raise ValueError(

@@ -85,7 +85,8 @@ class GroupNorm(AbstractExampleNorm):
             would cost another reading or communication. On one device that is the median
             of the first, middle and last position, but only where the last axes are not
             those averaged over, and there is neither a `mask` nor a vmapped `axis_name`;
-            else it is the mean all the same. Between devices it is zero.
+            else it is the mean all the same. Between devices it is zero: use `False` for
+            data over devices whose mean is many deviations.
         - `scale_offset`: added to the scale, the layer's or that of the call, in the
             precision of the statistics. Without either there is no scale.
         - `key`: a `jax.random` key for the initializers, if they need one.
