@@ -20,12 +20,23 @@ class Case:
 
     name: str
     make: Callable[..., Any]
-    # The axes of a batched input that the statistics are over.
+    # The axes of a batched input that the statistics are over; before that, `groups` says
+    # which axis is cut into how many parts.
     reduction_axes: Callable[[int], tuple[int, ...]]
     center: bool = True
     has_bias: bool = True
     stateful: bool = False
+    groups: tuple[int, int] | None = None
+    # Whether it is for batches of vectors too, or for those with axes of space alone.
+    on_vectors: bool = True
     kwargs: dict[str, Any] = field(default_factory=dict)
+    # More of them for one example inside `vmap(axis_name="batch")`.
+    per_example: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def formula(self) -> dict[str, Any]:
+        """What `reference` and `plain` have to know of it, besides the axes."""
+        return {"center": self.center, "groups": self.groups}
 
     def build(self, num_features: Any = 8, **kwargs: Any) -> tuple[Any, Any]:
         """The layer, and its state or `None`."""
@@ -41,12 +52,36 @@ LAYERS = [
         en.BatchNorm,
         lambda ndim: tuple(range(ndim - 1)),
         stateful=True,
+        per_example={"axis_name": "batch"},
     ),
     Case("LayerNorm", en.LayerNorm, lambda ndim: (ndim - 1,)),
     Case("RMSNorm", en.RMSNorm, lambda ndim: (ndim - 1,), center=False, has_bias=False),
+    Case(
+        "GroupNorm",
+        en.GroupNorm,
+        lambda ndim: tuple(range(1, ndim)),
+        groups=(-1, 2),
+        on_vectors=False,
+        kwargs={"num_groups": 2},
+        per_example={"batch_axes": ()},
+    ),
+    Case(
+        "InstanceNorm",
+        en.InstanceNorm,
+        lambda ndim: tuple(range(1, ndim - 1)),
+        on_vectors=False,
+        per_example={"batch_axes": ()},
+    ),
 ]
 
-all_layers = pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
+
+def over(*cases: Case) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+all_layers = over(*LAYERS)
+# Where a battery gives the layers vectors, or the same axes to each.
+vector_layers = over(*(case for case in LAYERS if case.on_vectors))
 
 
 def clone(tree: Any) -> Any:

@@ -5,12 +5,14 @@ import pytest
 
 from eqx_norms._affine import check_num_features, init_affine
 
-from .helpers import LAYERS, all_layers, call, normal, randomize, reference
+from .helpers import LAYERS, call, normal, randomize, reference, vector_layers
 
 
 SHAPE = (4, 8)
 with_bias = pytest.mark.parametrize(
-    "case", [case for case in LAYERS if case.has_bias], ids=lambda case: case.name
+    "case",
+    [case for case in LAYERS if case.has_bias and case.on_vectors],
+    ids=lambda case: case.name,
 )
 
 
@@ -41,7 +43,7 @@ def test_num_features():
         check_num_features(-3, (-1,), layer="Layer")
 
 
-@all_layers
+@vector_layers
 def test_defaults(case):
     layer, _ = case.build()
     assert np.all(layer.scale == 1)
@@ -51,7 +53,7 @@ def test_defaults(case):
         assert layer.bias.dtype == jnp.float32
 
 
-@all_layers
+@vector_layers
 def test_use_scale_and_use_bias(case):
     x = 2 + normal(0, SHAPE)
     for kwargs in ({"use_scale": False}, {"use_bias": False} if case.has_bias else {}):
@@ -65,7 +67,7 @@ def test_use_scale_and_use_bias(case):
         np.testing.assert_allclose(y, want, atol=1e-5)
 
 
-@all_layers
+@vector_layers
 def test_initializers(case):
     """They get a key, the feature shape and the dtype, as those of JAX do."""
     seen = []
@@ -113,14 +115,14 @@ def test_what_an_initializer_raises_with_a_key_is_its_own():
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-@all_layers
+@vector_layers
 def test_initializer_may_return_numpy(case):
     layer, _ = case.build(scale_init=lambda key, shape, dtype: np.full(shape, 2, dtype))
     assert isinstance(layer.scale, jax.Array)
     assert np.all(layer.scale == 2)
 
 
-@all_layers
+@vector_layers
 def test_scale_offset(case):
     """Added in the precision of the statistics: a bfloat16 scale keeps its small part."""
     x = 2 + normal(0, SHAPE)
@@ -134,7 +136,7 @@ def test_scale_offset(case):
 # Scale and bias given at the call: per feature, or broadcasting to the input.
 
 
-@all_layers
+@vector_layers
 @pytest.mark.parametrize("shape", [(8,), (1,), (4, 1), (4, 8), ()])
 def test_given_at_the_call(case, shape):
     x = 2 + normal(0, SHAPE)
@@ -148,7 +150,7 @@ def test_given_at_the_call(case, shape):
     np.testing.assert_allclose(y, want, atol=2e-5)
 
 
-@all_layers
+@vector_layers
 def test_given_alone(case):
     """Where the layer has none of its own, what is given is all there is."""
     x = 2 + normal(0, SHAPE)
@@ -168,7 +170,7 @@ def test_given_alone(case):
     np.testing.assert_allclose(grads[1], np.ones(SHAPE))
 
 
-@all_layers
+@vector_layers
 def test_given_decides_the_dtype_too(case):
     x = normal(0, SHAPE).astype(jnp.bfloat16)
     layer, state = case.build(param_dtype=jnp.bfloat16)

@@ -13,7 +13,7 @@ from jax import lax
 
 import eqx_norms as en
 
-from .helpers import LAYERS, all_layers, call, clone, float64, normal, randomize
+from .helpers import LAYERS, call, clone, float64, normal, randomize, vector_layers
 
 
 SHAPE = (3, 8)
@@ -61,7 +61,7 @@ def assert_close(actual, expected, tolerance):
 # JAX's transformations. In float64, where a wrong term cannot pass for rounding.
 
 
-@all_layers
+@vector_layers
 def test_jit(case):
     layer, state = build(case)
     x = 2 + normal(1, SHAPE)
@@ -71,7 +71,7 @@ def test_jit(case):
     assert_close(jitted, eager, 1e-6)
 
 
-@all_layers
+@vector_layers
 def test_grad(case):
     with float64():
         layer, state = build(case, param_dtype=jnp.float64)
@@ -88,7 +88,7 @@ def test_grad(case):
         assert_close(jitted, actual, 1e-12)
 
 
-@all_layers
+@vector_layers
 def test_jvp(case):
     with float64():
         layer, state = build(case, param_dtype=jnp.float64)
@@ -109,7 +109,7 @@ def test_jvp(case):
         assert_close(jvp(library(case, state)), jvp(ft.partial(plain, case)), 1e-12)
 
 
-@all_layers
+@vector_layers
 def test_hessian(case):
     with float64():
         layer, state = build(case, param_dtype=jnp.float64)
@@ -121,7 +121,7 @@ def test_hessian(case):
         assert_close(hessian(library(case, state)), hessian(ft.partial(plain, case)), 1e-11)
 
 
-@all_layers
+@vector_layers
 def test_second_derivative_in_forward_and_reverse_order(case):
     """`hessian` is forward over reverse; these are the other two that people write."""
     with float64():
@@ -139,7 +139,7 @@ def test_second_derivative_in_forward_and_reverse_order(case):
         assert_close(actual, products(ft.partial(plain, case)), 1e-11)
 
 
-@all_layers
+@vector_layers
 def test_vmap_over_batches(case):
     """Each batch by itself, as a loop over them would have it; gradients as well."""
     layer, state = build(case)
@@ -159,7 +159,7 @@ def test_vmap_over_batches(case):
     assert_close(moved(jnp.moveaxis(xs, 0, 2)), expected, 1e-6)
 
 
-@all_layers
+@vector_layers
 def test_vmap_over_examples(case):
     """One example at a time, as Equinox's models are written, is the same as a batch.
 
@@ -193,7 +193,7 @@ def test_vmap_over_examples(case):
         )
 
 
-@all_layers
+@vector_layers
 def test_vmap_of_grad(case):
     """Where the examples share statistics, everyone's gradient is that of the sum."""
     layer, state = build(case, **({"axis_name": "batch"} if case.stateful else {}))
@@ -204,7 +204,7 @@ def test_vmap_of_grad(case):
     assert_close(actual, expected, 1e-5)
 
 
-@all_layers
+@vector_layers
 def test_scan(case):
     layer, state = build(case)
     xs = normal(1, (3, *SHAPE))
@@ -226,7 +226,7 @@ def test_scan(case):
         assert np.all(layer.running_stats(final).count == 3)
 
 
-@all_layers
+@vector_layers
 def test_checkpoint(case):
     layer, state = build(case)
     x = normal(1, SHAPE)
@@ -236,7 +236,7 @@ def test_checkpoint(case):
     assert_close(jax.jit(jax.value_and_grad(kept))(x), expected, 1e-6)
 
 
-@all_layers
+@vector_layers
 def test_no_second_trace(case):
     layer, state = build(case)
 
@@ -256,7 +256,7 @@ def test_no_second_trace(case):
 # Equinox.
 
 
-@all_layers
+@vector_layers
 def test_input_unchanged(case):
     layer, state = build(case)
     x = normal(1, SHAPE)
@@ -272,7 +272,7 @@ def test_input_unchanged(case):
     assert eqx.tree_equal(before, jax.tree.map(np.array, (layer, state, x, mask)))
 
 
-@all_layers
+@vector_layers
 def test_immutable(case):
     layer, _ = case.build()
     for field in dataclasses.fields(layer):
@@ -280,7 +280,7 @@ def test_immutable(case):
             setattr(layer, field.name, getattr(layer, field.name))
 
 
-@all_layers
+@vector_layers
 def test_hashable_structure(case):
     """All that is static can be compared and hashed, or nothing could be jitted."""
     layer, state = case.build(epsilon=1e-3, dtype=jnp.float32)
@@ -292,7 +292,7 @@ def test_hashable_structure(case):
     assert jax.tree.structure(layer) != jax.tree.structure(other)
 
 
-@all_layers
+@vector_layers
 def test_serialise(case):
     layer, state = build(case)
     if case.stateful:
@@ -314,7 +314,7 @@ def test_serialise(case):
         assert eqx.tree_equal(stats, layer.running_stats(state))
 
 
-@all_layers
+@vector_layers
 def test_filter_jit_and_filter_grad(case):
     """A step of training as users write it; a flag is no parameter and gets no gradient."""
     layer, state = build(case)
@@ -335,7 +335,7 @@ def test_filter_jit_and_filter_grad(case):
         assert np.all(layer.running_stats(new_state).count == 1)
 
 
-@all_layers
+@vector_layers
 def test_ensemble(case):
     """Several layers made, and called, under `filter_vmap`."""
     init = lambda key, shape, dtype: 1 + jax.random.normal(key, shape, dtype)  # noqa: E731
@@ -355,7 +355,7 @@ def test_ensemble(case):
         assert layers.running_stats(states).mean.shape == (3, 8)
 
 
-@all_layers
+@vector_layers
 def test_partition_combine_and_tree_at(case):
     layer, state = build(case)
     x = normal(1, SHAPE)
@@ -367,7 +367,7 @@ def test_partition_combine_and_tree_at(case):
     assert_close(call(doubled, state, x), plain(case, doubled, x), 1e-6)
 
 
-@all_layers
+@vector_layers
 def test_tree_pformat(case):
     layer, _ = case.build()
     text = eqx.tree_pformat(layer)
@@ -375,7 +375,7 @@ def test_tree_pformat(case):
         assert part in text
 
 
-@all_layers
+@vector_layers
 def test_called_with_state(case):
     """A model that passes a state through can hold any of the layers."""
     layer, state = build(case)
@@ -392,7 +392,7 @@ def test_called_with_state(case):
         assert_close(y, plain(case, layer, x), 1e-6)
 
 
-@all_layers
+@vector_layers
 def test_inference_mode(case):
     layer, state = build(case)
     x = 3 + normal(1, SHAPE)
@@ -414,7 +414,7 @@ def test_inference_mode(case):
     assert_close(call(back, state, x), plain(case, layer, x), 1e-6)
 
 
-@all_layers
+@vector_layers
 def test_in_a_sequential(case):
     """Between layers with a state and without, one example at a time, training the lot."""
     key = jax.random.key(0)

@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, one after the other, as its reader would run them."""
+"""Every Python block of the README runs, in order, as its reader would run them."""
 
 import pathlib
 import re

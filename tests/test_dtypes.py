@@ -7,7 +7,7 @@ import pytest
 import eqx_norms as en
 from eqx_norms._dtypes import check_dtype, promote, real_dtype, result_dtype
 
-from .helpers import all_layers, call, clone, float64, normal, randomize, reference
+from .helpers import call, clone, float64, normal, randomize, reference, vector_layers
 
 
 BF16, F16, F32, F64 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64
@@ -99,13 +99,13 @@ def check(case, x, dtype, param_dtype, result):
     assert np.all(error <= half_ulp * np.abs(expected) + arithmetic)
 
 
-@all_layers
+@vector_layers
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 def test_input_dtypes(case, dtype):
     check(case, data(dtype), None, F32, F32)
 
 
-@all_layers
+@vector_layers
 @pytest.mark.parametrize(
     ("x", "dtype", "param_dtype", "result"),
     [
@@ -122,7 +122,7 @@ def test_result_is_rounded_once(case, x, dtype, param_dtype, result):
     check(case, data(x), dtype, param_dtype, result)
 
 
-@all_layers
+@vector_layers
 def test_without_parameters(case):
     """The input decides alone."""
     kwargs = {"use_bias": False} if case.has_bias else {}
@@ -132,7 +132,7 @@ def test_without_parameters(case):
         assert call(layer, state, data(dtype)).dtype == result
 
 
-@all_layers
+@vector_layers
 def test_float64(case):
     with float64():
         x = normal(0, (6, 8), F64)
@@ -143,7 +143,7 @@ def test_float64(case):
         check(case, x.astype(F32), F32, F64, F32)
 
 
-@all_layers
+@vector_layers
 def test_complex(case):
     x = data(C64)
     check(case, x, None, C64, C64)

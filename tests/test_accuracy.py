@@ -1,0 +1,308 @@
+"""Errors against float64, on the data of `tests.benchmarks.accuracy`."""
+
+import functools as ft
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from .benchmarks.accuracy import (
+    DTYPES,
+    EPSILON,
+    HAS_TORCH,
+    answer,
+    as_dtype,
+    error,
+    lay_out,
+    names,
+    pytorch,
+)
+from .helpers import LAYERS, all_layers, call, clone, normal, over, reference, vector_layers
+
+
+# The data is laid out as one row for each statistic, which groups of features are not.
+row_layers = over(*(case for case in LAYERS if case.groups is None))
+compiled_call = eqx.filter_jit(call)
+modes = pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+
+
+@ft.cache
+def build(name, num_features, dtype, fast, epsilon=EPSILON):
+    # Cached, as a new state index means a new compilation.
+    (case,) = (case for case in LAYERS if case.name == name)
+    return case.build(num_features, dtype=dtype, use_fast_variance=fast, epsilon=epsilon)
+
+
+def run(case, x, fast, **kwargs):
+    layer, state = build(case.name, x.shape[-1], x.dtype, fast, **kwargs)
+    return np.asarray(compiled_call(layer, state, jnp.asarray(x)))
+
+
+def distance_to_mean(x, axes):
+    """Of the fast mode's shift, in deviations: what its docstring's bound depends on."""
+    x = np.asarray(x, np.float64)
+
+    def at(position):
+        index = [slice(None)] * x.ndim
+        for axis in axes:
+            start = position(x.shape[axis])
+            index[axis] = slice(start, start + 1)
+        return x[tuple(index)]
+
+    shift = np.median([at(lambda n: 0), at(lambda n: n // 2), at(lambda n: n - 1)], axis=0)
+    mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+    return np.abs(shift - mean) / np.sqrt(var + EPSILON)
+
+
+def allowance(case, x, expected, fast):
+    """What is due to rounding, for each element, in the precision of the statistics.
+
+    Subtraction, inverse deviation and product are four roundings of the output. The fast
+    mode's variance has about 1 + distance^2 times those of a sum, a few for 512 numbers,
+    and its mean as many as the shift is deviations away from it.
+    """
+    rounding = 2.0**-24
+    largest = np.abs(expected).max()
+    allowed = 4 * largest
+    if fast and case.center:
+        distance = distance_to_mean(x, case.reduction_axes(x.ndim))
+        allowed = allowed + distance + 4 * largest * distance**2
+    # XLA may take subnormal numbers for zero, before they are scaled up.
+    flushed = float(jnp.finfo(jnp.float32).tiny) / np.sqrt(EPSILON)
+    return rounding * allowed + flushed
+
+
+def output_rounding(expected, dtype):
+    """Half of the spacing of a half-precision dtype at each element."""
+    info = jnp.finfo(dtype)
+    exponent = np.floor(np.log2(np.maximum(np.abs(expected), float(info.tiny))))
+    return 0.5 * float(info.eps) * 2.0**exponent
+
+
+@row_layers
+@modes
+@dtypes
+def test_error_is_that_of_rounding(case, dtype, fast):
+    """One rounding to the output's dtype, and those of float32 statistics."""
+    for name in names(dtype):
+        x = lay_out(case, as_dtype(name, dtype))
+        expected = answer(case, x)
+        allowed = allowance(case, x, expected, fast)
+        if dtype is not jnp.float32:
+            allowed = allowed + output_rounding(expected, dtype)
+        y = run(case, x, fast)
+        assert y.dtype == x.dtype
+        worst = (np.abs(y.astype(np.float64) - expected) / allowed).max()
+        assert worst <= 1, f"{name}: {worst:.2f} times what rounding explains"
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="needs PyTorch")
+@row_layers
+@modes
+@dtypes
+def test_no_worse_than_pytorch(case, dtype, fast):
+    torch = pytorch(case)
+    if torch is None:
+        pytest.skip("no such layer in PyTorch")
+    for name in names(dtype):
+        x = lay_out(case, as_dtype(name, dtype))
+        expected = answer(case, x)
+        rounding = allowance(case, x, expected, fast).max()
+        if dtype is not jnp.float32:
+            rounding += output_rounding(expected, dtype).max()
+        assert error(run(case, x, fast), expected) <= max(
+            error(torch(x), expected), rounding
+        ), name
+
+
+@row_layers
+def test_contract(case):
+    """The figures of the design, and of nothing but them."""
+    x = lay_out(case, as_dtype("mean 10000", jnp.float32))
+    expected = answer(case, x)
+    assert error(run(case, x, fast=True), expected) < 1e-2
+    assert error(run(case, x, fast=False), expected) < 5e-3
+
+
+@row_layers
+@modes
+@dtypes
+def test_finite_without_epsilon(case, dtype, fast):
+    """Where the float64 answer is finite, and with no epsilon to hide behind."""
+    for name in names(dtype):
+        x = lay_out(case, as_dtype(name, dtype))
+        y = run(case, x, fast, epsilon=0.0)
+        assert np.isfinite(y.astype(np.float64)).all(), name
+
+
+@row_layers
+def test_fast_variance_with_a_shift_far_from_the_mean(case):
+    """All three positions that are looked at are outliers: the bound still holds."""
+    if not case.center:
+        pytest.skip("subtracts no mean")
+    data = np.random.default_rng(1).standard_normal((32, 512)).astype(np.float32)
+    x = lay_out(case, data)
+    axes = case.reduction_axes(3)
+    for position in (lambda n: 0, lambda n: n // 2, lambda n: n - 1):
+        index: list[Any] = [slice(None)] * 3
+        for axis in axes:
+            index[axis] = position(x.shape[axis])
+        x[tuple(index)] = 1e4
+    distance = distance_to_mean(x, axes)
+    # No shift is farther away than this with three positions in 512, nor is this one less.
+    np.testing.assert_allclose(distance, np.sqrt(509 / 3), rtol=1e-2)
+    expected = answer(case, x)
+    allowed = allowance(case, x, expected, fast=True)
+    assert (np.abs(run(case, x, fast=True) - expected) <= allowed).all()
+    allowed = allowance(case, x, expected, fast=False)
+    assert (np.abs(run(case, x, fast=False) - expected) <= allowed).all()
+
+
+@all_layers
+@modes
+def test_masked_and_vmapped_data_has_the_exact_bound(case, fast):
+    x = 1e4 + np.random.default_rng(2).standard_normal((16, 8, 32)).astype(np.float32)
+    mask = np.random.default_rng(3).random(x.shape) < 0.7
+    layer, state = build(case.name, 32, x.dtype, fast)
+    axes = case.reduction_axes(3)
+    y = compiled_call(layer, state, jnp.asarray(x), mask=jnp.asarray(mask))
+    expected, _, _ = reference(x, axes, **case.formula, epsilon=EPSILON, mask=mask)
+    assert error(np.asarray(y), expected) <= 4 * 2.0**-24 * np.abs(expected).max()
+
+    if not case.stateful:
+        return
+    layer, state = case.build(
+        32, epsilon=EPSILON, use_fast_variance=fast, axis_name="batch"
+    )
+    f = jax.vmap(lambda x: call(layer, state, x), axis_name="batch")
+    expected, _, _ = reference(x, axes, **case.formula, epsilon=EPSILON)
+    assert (
+        error(np.asarray(jax.jit(f)(x)), expected) <= 4 * 2.0**-24 * np.abs(expected).max()
+    )
+
+
+# Half precision.
+
+
+def one_rounding(y, expected):
+    slack = 4 * 2.0**-24 * np.abs(expected).max()
+    y = np.asarray(y)
+    difference = np.abs(y.astype(np.float64) - expected)
+    return (difference <= output_rounding(expected, y.dtype) + slack).all()
+
+
+half_dtypes = pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__
+)
+
+
+@all_layers
+@half_dtypes
+def test_half_precision_with_parameters(case, dtype):
+    """Scale and bias join in float32, before the one cast."""
+    rng = np.random.default_rng(4)
+    x = (100 + rng.standard_normal((6, 8, 16))).astype(jnp.dtype(dtype))
+    scale = rng.uniform(0.5, 1.5, 16).astype(np.float32)
+    bias = rng.standard_normal(16).astype(np.float32)
+    layer, state = case.build(16, dtype=dtype, epsilon=EPSILON)
+    layer = eqx.tree_at(lambda layer: layer.scale, layer, jnp.asarray(scale))
+    if case.has_bias:
+        layer = eqx.tree_at(lambda layer: layer.bias, layer, jnp.asarray(bias))
+    expected, _, _ = reference(
+        x,
+        case.reduction_axes(3),
+        **case.formula,
+        epsilon=EPSILON,
+        scale=scale,
+        bias=bias if case.has_bias else None,
+    )
+    y = call(layer, state, jnp.asarray(x))
+    assert y.dtype == dtype
+    assert one_rounding(y, expected)
+
+
+@all_layers
+@half_dtypes
+def test_half_precision_in_evaluation(case, dtype):
+    """The running statistics stay float32: in half precision the mean would be off by a
+    quarter of a deviation."""
+    if not case.stateful:
+        pytest.skip("has no running statistics")
+    rng = np.random.default_rng(5)
+    x = (100 + rng.standard_normal((6, 8, 16))).astype(jnp.dtype(dtype))
+    mean = rng.uniform(99, 101, 16).astype(np.float32)
+    var = rng.uniform(0.5, 1.5, 16).astype(np.float32)
+    layer, state = case.build(16, dtype=dtype, use_running_average=True, epsilon=EPSILON)
+    stats = layer.running_stats(state)
+    assert stats.mean.dtype == stats.var.dtype == jnp.float32
+    stats = eqx.tree_at(lambda s: (s.mean, s.var), stats, (mean, var), is_leaf=eqx.is_array)
+    state = clone(state).set(layer.state_index, jax.tree.map(jnp.asarray, stats))
+    y = call(layer, state, jnp.asarray(x))
+    expected = (x.astype(np.float64) - mean) / np.sqrt(var.astype(np.float64) + EPSILON)
+    assert y.dtype == dtype
+    assert one_rounding(y, expected)
+
+
+@all_layers
+def test_half_precision_running_statistics(case):
+    if not case.stateful:
+        pytest.skip("has no running statistics")
+    x = (100 + np.random.default_rng(6).standard_normal((64, 4))).astype(jnp.bfloat16)
+    layer, state = case.build(4, dtype=jnp.bfloat16, momentum=0.0)
+    _, state = layer(jnp.asarray(x), state)
+    stats = layer.running_stats(state)
+    _, mean, var = reference(x, (0,))
+    np.testing.assert_allclose(stats.mean, mean[0], rtol=1e-6)
+    np.testing.assert_allclose(stats.var, var[0], rtol=1e-6)
+
+
+# Over devices.
+
+
+def over_devices(case, **kwargs):
+    """The layer with its statistics over a mesh axis, and that axis of a 2-d input."""
+    (axis,) = case.reduction_axes(2)
+    size = 16 if axis == 0 else 64
+    layer, state = case.build(size, axis_name="device", epsilon=EPSILON, **kwargs)
+    spec = P(*["device" if a == axis else None for a in range(2)])
+    # Parameters along a split axis would have to be split as well.
+    parameters = spec[-1:] if axis == 1 else P()
+    specs = jax.tree.map(lambda leaf: P(*parameters), eqx.filter(layer, eqx.is_array))
+    arrays, static = eqx.partition(layer, eqx.is_array)
+
+    def f(arrays, x):
+        return call(eqx.combine(arrays, static), state, x)
+
+    mesh = jax.make_mesh((8,), ("device",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=(specs, spec), out_specs=spec)
+    shape = (64, 16) if axis == 0 else (16, 64)
+    return jax.jit(ft.partial(sharded, arrays)), shape, axis
+
+
+@vector_layers
+def test_exact_over_devices(case):
+    f, shape, axis = over_devices(case, use_fast_variance=False)
+    x = 1e4 + normal(7, shape)
+    expected, _, _ = reference(x, (axis,), **case.formula, epsilon=EPSILON)
+    assert error(np.asarray(f(x)), expected) <= 4 * 2.0**-24 * np.abs(expected).max()
+
+
+@vector_layers
+@modes
+def test_half_precision_over_devices(case, fast):
+    """What travels is float32."""
+    f, shape, axis = over_devices(case, use_fast_variance=fast, dtype=jnp.bfloat16)
+    x = (3 + normal(8, shape)).astype(jnp.bfloat16)
+    expected, _, _ = reference(x, (axis,), **case.formula, epsilon=EPSILON)
+    assert one_rounding(f(x), expected)
+    text = f.lower(x).as_text()
+    sums = [line for line in text.splitlines() if "all_reduce" in line]
+    assert sums
+    results = [line for line in text.splitlines() if "stablehlo.return" in line]
+    assert "bf16" not in "".join(results)

@@ -1,0 +1,257 @@
+"""Derivatives of both modes and their nestings, in float64, against plain code.
+
+With zero variance and `epsilon=0` the layers have no limit: (x - mean) / deviation depends
+on how the variance goes to zero. There output and derivatives are zero, by definition, so
+that one dead feature does not spoil the rest.
+"""
+
+import functools as ft
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from .helpers import LAYERS, all_layers, call, float64, normal, over, plain, vector_layers
+
+
+SHAPE = (3, 4, 6)
+EPSILON = 1e-2
+
+
+def make_mask():
+    mask = np.random.default_rng(0).random(SHAPE) < 0.6
+    mask[0] = False
+    return jnp.asarray(mask)
+
+
+class Problem:
+    """A layer as a function of input, scale and bias, and the same in plain code."""
+
+    def __init__(self, case, shape=SHAPE, *, axes=None, mask=None, vmapped=False, **kwargs):
+        self.axes = case.reduction_axes(len(shape)) if axes is None else axes
+        if vmapped:
+            kwargs.update(case.per_example, axis_name="batch")
+        kwargs.setdefault("num_features", shape[-1])
+        kwargs.setdefault("param_dtype", jnp.float64)
+        kwargs.setdefault("epsilon", EPSILON)
+        self.case, self.mask, self.vmapped = case, mask, vmapped
+        self.epsilon = kwargs["epsilon"]
+        self.layer, self.state = case.build(**kwargs)
+        names = ["scale", "bias"] if case.has_bias else ["scale"]
+        self.params = {
+            name: 1 + normal(i, getattr(self.layer, name).shape, jnp.float64) / 4
+            for i, name in enumerate(names)
+        }
+
+    def library(self, x, params):
+        layer = self.layer
+        for name, value in params.items():
+            layer = eqx.tree_at(lambda tree, name=name: getattr(tree, name), layer, value)
+        if self.vmapped:
+            f = lambda x: call(layer, self.state, x)  # noqa: E731
+            return jax.vmap(f, axis_name="batch")(x)
+        return call(layer, self.state, x, mask=self.mask)
+
+    def plain(self, x, params):
+        y = plain(x, self.axes, **self.case.formula, epsilon=self.epsilon, mask=self.mask)
+        # The feature axes are the last, in order.
+        lead = (1,) * (x.ndim - params["scale"].ndim)
+        y = y * params["scale"].reshape(lead + params["scale"].shape).astype(y.dtype)
+        if "bias" in params:
+            y = y + params["bias"].reshape(lead + params["bias"].shape).astype(y.dtype)
+        return y
+
+
+def scalar(f):
+    """Not linear in the output, so that second derivatives of all kinds are there."""
+
+    def loss(x, params):
+        y = f(x, params)
+        if jnp.iscomplexobj(y):
+            return jnp.sum(jnp.sin(y.real) + jnp.cos(2 * y.imag) + y.real * y.imag)
+        return jnp.sum(jnp.sin(y) + y**3 / 5)
+
+    return loss
+
+
+def directions(args, seed):
+    leaves, treedef = jax.tree.flatten(args)
+    return jax.tree.unflatten(
+        treedef, [normal(seed + i, a.shape, a.dtype) for i, a in enumerate(leaves)]
+    )
+
+
+def derivatives(f, x, params, *, every=False):
+    """First and second derivatives of all arguments, second ones mixed among them.
+
+    `every` adds those that follow from the others by JAX's own rules.
+    """
+    args = (x, params)
+    t, s = directions(args, 10), directions(args, 20)
+    loss = scalar(f)
+    along = lambda g, t: lambda *args: jax.jvp(g, args, t)[1]  # noqa: E731
+    grad = jax.grad(loss, argnums=(0, 1))
+
+    def dot(*args):
+        products = jax.tree.map(lambda a, b: jnp.sum(a * b).real, grad(*args), t)
+        return sum(jax.tree.leaves(products))
+
+    out = {
+        "reverse": grad(*args),
+        "forward over reverse": along(grad, t)(*args),
+    }
+    if every:
+        out["reverse over forward"] = jax.grad(along(loss, t), argnums=(0, 1))(*args)
+        out["forward"] = along(f, t)(*args)
+        out["forward over forward"] = along(along(f, t), s)(*args)
+        out["reverse over reverse"] = jax.grad(dot, argnums=(0, 1))(*args)
+    return out
+
+
+def quick_jit(f):
+    """Compiling takes all the time here, so XLA is asked to do as little as it can."""
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    }
+    return jax.jit(f, compiler_options=options)
+
+
+def compare(problem, *inputs, every=False):
+    ours, plain = (
+        quick_jit(ft.partial(derivatives, f, every=every))
+        for f in (problem.library, problem.plain)
+    )
+    for x in inputs:
+        found, expected = ours(x, problem.params), plain(x, problem.params)
+        for name, value in expected.items():
+            close = ft.partial(
+                np.testing.assert_allclose, rtol=1e-9, atol=1e-9, err_msg=name
+            )
+            jax.tree.map(close, found[name], value)
+
+
+@all_layers
+def test_against_plain_code(case):
+    """On data with and, as the epsilon leaves nothing to avoid, without variance."""
+    with float64():
+        constant = jnp.full(SHAPE, 3.0 if case.center else 0.0, jnp.float64)
+        compare(Problem(case), 3 + normal(0, SHAPE, jnp.float64), constant, every=True)
+
+
+@vector_layers
+def test_several_axes_and_a_mask(case):
+    """Features along the last two axes, and statistics over more than one."""
+    shape = (2, 3, 4, 5)
+    with float64():
+        x = 3 + normal(2, shape, jnp.float64)
+        mask = jnp.asarray(np.random.default_rng(1).random(shape) < 0.6).at[0, 1].set(False)
+        if case.stateful:
+            kwargs: dict[str, Any] = {"axis": (-2, -1), "axes": (0, 1)}
+        else:
+            kwargs = {"reduction_axes": (1, -1), "feature_axes": (-2, -1), "axes": (1, 3)}
+        compare(Problem(case, shape, num_features=(4, 5), mask=mask, **kwargs), x)
+
+
+@all_layers
+def test_complex(case):
+    """And centred first, not shifted by a guess."""
+    with float64():
+        x = 1 + 2j + normal(3, SHAPE, jnp.complex128)
+        compare(Problem(case, param_dtype=jnp.complex128, use_fast_variance=False), x)
+
+
+@all_layers
+def test_statistics_over_a_vmapped_axis(case):
+    """Outside an inner `jit` too, where a collective in a custom rule has no name."""
+    with float64():
+        x = 3 + normal(4, SHAPE, jnp.float64)
+        axes = tuple(sorted({0, *case.reduction_axes(3)}))
+        problem = Problem(case, vmapped=True, axes=axes)
+        compare(problem, x)
+        inner = jax.jit(lambda x: call(problem.layer, problem.state, x))
+        ones = jax.tree.map(jnp.ones_like, problem.params)
+        if "bias" in ones:
+            ones["bias"] = jnp.zeros_like(ones["bias"])
+        found, expected = (
+            jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(x)
+            for f in (
+                jax.vmap(inner, axis_name="batch"),
+                lambda x: problem.plain(x, ones),
+            )
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@all_layers
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_finite_differences(case, masked):
+    with float64():
+        x = 1 + normal(5, SHAPE, jnp.float64)
+        problem = Problem(case, mask=make_mask() if masked else None)
+        f = jax.jit(problem.library)
+        # Rows with two positions counted bend much: finite differences are coarse there.
+        check_grads(f, (x, problem.params), order=2, modes=("fwd", "rev"), rtol=1e-3)
+
+
+@all_layers
+@pytest.mark.parametrize("vmapped", [False, True], ids=["batched", "per example"])
+def test_zero_variance_without_epsilon(case, vmapped):
+    """Output and derivatives are zero where there is no variance, and right elsewhere."""
+    with float64():
+        if vmapped:
+            axes = tuple(sorted({0, *case.reduction_axes(3)}))
+        else:
+            axes = case.reduction_axes(3)
+        problem = Problem(case, vmapped=vmapped, axes=axes, epsilon=0.0)
+        x = 1 + normal(6, SHAPE, jnp.float64)
+        # One of the statistics has nothing to scale up, and the others have.
+        dead = tuple(slice(None) if axis in axes else 0 for axis in range(3))
+        constant = 2.0 if case.center else 0.0
+        x = x.at[dead].set(constant)
+        alive = np.ones(SHAPE, bool)
+        alive[dead] = False
+
+        ones = {name: jnp.ones_like(p) for name, p in problem.params.items()}
+        if "bias" in ones:
+            ones["bias"] = jnp.zeros_like(ones["bias"])
+        found = quick_jit(ft.partial(derivatives, problem.library))(x, ones)
+        y = problem.library(x, ones)
+        assert (np.asarray(y)[~alive] == 0).all()
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+        grad = found["reverse"][0]
+        assert (np.asarray(grad)[~alive] == 0).all()
+
+        # Elsewhere a dead neighbour makes no difference.
+        if alive.any():
+            clean = x.at[dead].set(normal(7, SHAPE, jnp.float64)[dead])
+            expected = jax.jit(jax.grad(scalar(problem.plain)))(clean, ones)
+            np.testing.assert_allclose(
+                np.asarray(grad)[alive], np.asarray(expected)[alive], rtol=1e-9, atol=1e-9
+            )
+
+
+# A group has more positions than one.
+@over(*(case for case in LAYERS if case.groups is None))
+def test_one_position_a_statistic(case):
+    """A single position is its own mean: the limit is zero, and finite, also without an
+    epsilon."""
+    if not case.center:
+        pytest.skip("subtracts no mean")
+    with float64():
+        shape = tuple(1 if a in case.reduction_axes(3) else n for a, n in enumerate(SHAPE))
+        problem = Problem(case, shape, epsilon=0.0)
+        x = normal(8, shape, jnp.float64)
+        params = {**problem.params, "bias": jnp.zeros_like(problem.params["bias"])}
+        f = ft.partial(derivatives, problem.library, every=True)
+        found = quick_jit(f)(x, params)
+        for name in ("forward", "forward over forward"):
+            tangent = directions((x, params), 10)[1]["bias"]
+            expected = jnp.broadcast_to(tangent.reshape(1, 1, -1), shape)
+            expected = expected if name == "forward" else jnp.zeros(shape)
+            np.testing.assert_allclose(found[name], expected, atol=1e-12)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
