@@ -91,7 +91,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         - `momentum`: the weight of the old running statistics, from 0 to 1; `None` for the
             average over all batches so far.
         - `epsilon`: added to the variance. Not negative. With zero, features without
-            variance come out as zero (times scale, plus bias).
+            variance (in float32, of deviation below 1e-19) come out as zero, plus bias.
         - `dtype`: of the result. By default what the input, scale and bias promote to.
         - `param_dtype`: of scale and bias. The running statistics are at least float32.
             Complex input needs a complex one, for the running mean.
@@ -110,7 +110,8 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             would cost another reading or communication. On one device that is the median
             of the first, middle and last position, but only where the last axes are not
             those averaged over, and there is neither a `mask` nor a vmapped `axis_name`;
-            else it is the mean all the same. Between devices it is the running mean.
+            else it is the mean all the same. Between devices it is the running mean, and
+            only the variance of their means about each other is lost.
         - `use_unbiased_variance`: whether the running variance is of the sample, divided
             by one less than the positions counted, as in PyTorch. The batch itself is
             normalised with the biased one either way.
@@ -163,7 +164,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         - `use_running_average`: if given, takes the place of the field `inference`.
         - `mask`: boolean, broadcastable to `x`. Where it is `False`, `x` does not count for
             mean and variance, whatever it holds. It is normalised all the same; what is not
-            finite there counts as zero.
+            finite there counts as zero. Where nothing counts, the bias comes out.
         - `scale`, `bias`: added to the layer's own, if it has any, for this call. Of the
             feature shape, or broadcastable to `x`.
         - `key`: ignored; every layer of Equinox takes one.

@@ -25,6 +25,12 @@ def check_epsilon(epsilon: float, *, layer: str) -> float:
     return float(epsilon)
 
 
+def check_scale_offset(scale_offset: float, *, layer: str) -> float:
+    if not math.isfinite(scale_offset):
+        raise ValueError(f"{layer}: `scale_offset` must be finite, got {scale_offset}.")
+    return float(scale_offset)
+
+
 def check_dtype(dtype: DTypeLike, *, layer: str, argument: str) -> np.dtype:
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.inexact):

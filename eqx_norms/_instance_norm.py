@@ -56,7 +56,7 @@ class InstanceNorm(AbstractExampleNorm):
         - `num_features`: the size of the feature axis, or a tuple with the size of each, in
             the order of `feature_axes`.
         - `epsilon`: added to the variance. Not negative. With zero, positions without
-            variance come out as zero (times scale, plus bias).
+            variance (in float32, of deviation below 1e-19) come out as zero, plus bias.
         - `dtype`: of the result. By default what the input, scale and bias promote to.
         - `param_dtype`: of scale and bias.
         - `use_bias`, `use_scale`: whether there is a bias, a scale.
@@ -75,8 +75,8 @@ class InstanceNorm(AbstractExampleNorm):
             would cost another reading or communication. On one device that is the median
             of the first, middle and last position, but only where the last axes are not
             those averaged over, and there is neither a `mask` nor a vmapped `axis_name`;
-            else it is the mean all the same. Between devices it is zero: use `False` for
-            data over devices whose mean is many deviations.
+            else it is the mean all the same. Between devices it is zero, and only the
+            variance of their means about each other is lost.
         - `scale_offset`: added to the scale, the layer's or that of the call, in the
             precision of the statistics. Without either there is no scale.
         - `key`: a `jax.random` key for the initializers, if they need one.

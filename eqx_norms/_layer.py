@@ -13,7 +13,13 @@ from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 from ._affine import check_num_features, combine, init_affine
 from ._axes import as_tuple, canonicalize_axes, feature_shape, to_rank
 from ._collectives import bound_members, canonicalize_groups, canonicalize_names
-from ._dtypes import check_dtype, check_epsilon, promote, result_dtype
+from ._dtypes import (
+    check_dtype,
+    check_epsilon,
+    check_scale_offset,
+    promote,
+    result_dtype,
+)
 from ._moments import Reduction
 from ._normalize import Inputs, standardize
 from ._types import AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
@@ -64,7 +70,7 @@ class AbstractNorm(eqx.Module):
             axis_index_groups, self.axis_name, layer=name
         )
         self.use_fast_variance = use_fast_variance
-        self.scale_offset = scale_offset
+        self.scale_offset = check_scale_offset(scale_offset, layer=name)
         return shape
 
     def _features(self) -> Shape | None:
@@ -182,7 +188,7 @@ class AbstractExampleNorm(AbstractNorm):
             [`eqx_norms.BatchNorm`][] stood.
         - `mask`: boolean, broadcastable to `x`. Where it is `False`, `x` does not count for
             the statistics, whatever it holds. It is normalised all the same; what is not
-            finite there counts as zero.
+            finite there counts as zero. Where nothing counts, the bias comes out.
         - `scale`, `bias`: added to the layer's own, if it has any, for this call. Of the
             feature shape, or broadcastable to `x`.
         - `key`: ignored; every layer of Equinox takes one.
@@ -209,9 +215,15 @@ class AbstractExampleNorm(AbstractNorm):
                 feature_axes=feature_axes,
                 argument=argument,
             )
+            reduction = self._reduction(inputs)
+            if not reduction.axes and reduction.groups is None and self.axis_name is None:
+                raise ValueError(
+                    f"{name}: no axis to take statistics over in an input of shape "
+                    f"{inputs.x.shape}. Name one in `reduction_axes`, or an `axis_name`."
+                )
             y, _ = standardize(
                 inputs,
-                self._reduction(inputs),
+                reduction,
                 bound_members(self.axis_name, self.axis_index_groups, layer=name),
                 epsilon=self.epsilon,
                 center=self._center,

@@ -207,13 +207,21 @@ def _weighted_mean(members, weight, *values):
     return *(mean / divisor.astype(mean.dtype) for mean in means), weight
 
 
-def _pool(members, shift, weight, first, second) -> Moments:
-    """Moments from what each member found about a common shift, a row for each group."""
+def _pool(members, shift, weight, first, second, within=None) -> Moments:
+    """Moments from what each member found about a common shift, a row for each group.
+
+    `within` are variances that the members have already, about means of their own.
+    """
     if first is None:
         var, weight = _weighted_mean(members, weight, second)
         return Moments(None, None, var, weight)
-    offset, second, weight = _weighted_mean(members, weight, first, second)
-    return Moments(shift, offset, jnp.maximum(second - abs_square(offset), 0), weight)
+    values = (first, second) if within is None else (first, second, within)
+    *means, weight = _weighted_mean(members, weight, *values)
+    offset, square = means[0], abs_square(means[0])
+    var = means[1] - square
+    # What is left after cancelling down to the last roundings is nothing but these.
+    var = jnp.where(var > 4 * jnp.finfo(var.dtype).eps * square, var, 0)
+    return Moments(shift, offset, var if within is None else var + means[2], weight)
 
 
 def moments(
@@ -269,10 +277,10 @@ def moments(
         shifts = lax.stop_gradient(shifts)
         # The difference of two near means is exact; adding the offset first is not.
         delta = (own.shift - elsewhere.own(shifts)) + own.offset
-        first, second = weighted(delta), weighted(own.var + abs_square(delta))
+        first, second = weighted(delta), weighted(abs_square(delta))
+        rows = _pool(elsewhere, shifts, own.weight, first, second, weighted(own.var))
     else:
-        first, second = None, weighted(own.var)
-    rows = _pool(elsewhere, shifts, own.weight, first, second)
+        rows = _pool(elsewhere, None, own.weight, None, weighted(own.var))
     return jax.tree.map(elsewhere.own, rows), rows
 
 

@@ -44,13 +44,15 @@ class _OwnSpec(NamedTuple):
 def _deviation(spec, x, mask, m):
     """`x - mean`, the inverse standard deviation laid out against it, and which positions
     are left as they are: an excluded one that does not come out finite counts as zero."""
-    v = m.var + spec.epsilon
-    if spec.epsilon > 0:
+    v, tiny = m.var + spec.epsilon, jnp.finfo(m.var.dtype).tiny
+    if spec.epsilon > tiny:
         inverse = lax.rsqrt(v)
     else:
         # Without variance there is nothing to scale up: such data is normalised to zero,
         # and so are its derivatives.
-        inverse = jnp.where(v > 0, lax.rsqrt(jnp.where(v > 0, v, 1)), 0)
+        inverse = jnp.where(v > tiny, lax.rsqrt(jnp.where(v > tiny, v, 1)), 0)
+    if m.weight is not None:
+        inverse = jnp.where(m.weight > 0, inverse, 0)
     inverse = spec.reduction.spread(inverse, x).astype(spec.reduction.dtype)
     d = spec.reduction.deviation(x, m.shift, m.offset)
     if mask is None:

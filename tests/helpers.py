@@ -137,6 +137,7 @@ def reference(
     var = square.sum(axes, keepdims=True) / number
     with np.errstate(divide="ignore"):
         inverse = np.where(var + epsilon > 0, 1 / np.sqrt(var + epsilon), 0)
+    inverse = np.where(counted.any(axes, keepdims=True), inverse, 0)
     y = (x - mean) * inverse
     if scale is not None:
         y = y * np.asarray(scale).astype(x.dtype)

@@ -1,5 +1,7 @@
 """`GroupNorm`: which positions share statistics, against float64, PyTorch and Flax."""
 
+from typing import Any, cast
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,8 @@ def expected(layer, x, axes, feature_axis=-1, mask=None):
         epsilon=layer.epsilon,
         mask=mask,
         groups=(feature_axis, layer.num_groups),
-        **parameters,
+        scale=parameters["scale"],
+        bias=parameters["bias"],
     )
     return y
 
@@ -386,9 +389,9 @@ def test_wrong_groups(args, match):
 @pytest.mark.parametrize("argument", ["batch_axes", "reduction_axes"])
 def test_an_axis_twice(argument):
     with pytest.raises(ValueError, match=f"`{argument}=.* more than once"):
-        build(**{argument: (1, 1)})
+        build(**cast(Any, {argument: (1, 1)}))
     with pytest.raises(ValueError, match=f"`{argument}=.* more than once"):
-        build(**{argument: (1, -3)})(normal(0, (2, 4, 4, 8)))
+        build(**cast(Any, {argument: (1, -3)}))(normal(0, (2, 4, 4, 8)))
 
 
 @pytest.mark.parametrize(

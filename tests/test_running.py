@@ -41,6 +41,7 @@ def test_ten_steps_of_pytorch(torch_momentum):
     with torch.no_grad():
         theirs.weight.copy_(torch.tensor(np.asarray(layer.scale)))
         theirs.bias.copy_(torch.tensor(np.asarray(layer.bias)))
+    x = None
     for number, x in enumerate(batches((2, 8, 3, 2))):
         wanted = theirs(torch.tensor(np.asarray(x))).detach().numpy()
         y, state = step(layer, state, x)
@@ -63,6 +64,7 @@ def test_ten_steps_of_flax():
     layer, state = build(momentum=0.7)
     theirs = nnx.BatchNorm(8, momentum=0.7, use_running_average=False, rngs=nnx.Rngs(0))
     theirs.scale[...], theirs.bias[...] = layer.scale, layer.bias
+    x = None
     for x in batches((4, 3, 8)):
         y, state = step(layer, state, x)
         np.testing.assert_allclose(y, theirs(x), atol=2e-5)

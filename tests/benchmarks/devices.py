@@ -2,8 +2,8 @@
 
 Batch norm in training over eight devices, with a mask that counts a different number of
 positions on each, or besides none on one of them: the largest error of the output, where
-it is counted, against float64 on all the data at once; whether it runs inside `jax.shard_map` with its
-default checks, on a batched block and on one example at a time; and how many all-reduces
+it is counted, against float64 on all the data at once. Whether it runs inside
+`jax.shard_map` with its default checks, one example at a time. And how many all-reduces
 stand in the compiled forward and backward pass.
 """
 
