@@ -218,9 +218,12 @@ def _pool(members, shift, weight, first, second, within=None) -> Moments:
     values = (first, second) if within is None else (first, second, within)
     *means, weight = _weighted_mean(members, weight, *values)
     offset, square = means[0], abs_square(means[0])
-    var = means[1] - square
-    # What is left after cancelling down to the last roundings is nothing but these.
-    var = jnp.where(var > 4 * jnp.finfo(var.dtype).eps * square, var, 0)
+    var = jnp.maximum(means[1] - square, 0)
+    if members.names:
+        # What is left after cancelling down to the last roundings is nothing but these.
+        # (Not on the data of one member: that shift is near, and XLA can fuse all of a
+        # layer's forward pass, but for a comparison.)
+        var = jnp.where(var <= 4 * jnp.finfo(var.dtype).eps * square, 0, var)
     return Moments(shift, offset, var if within is None else var + means[2], weight)
 
 
