@@ -87,7 +87,6 @@ def combine(
     if learned is not None:
         terms.append(to_features(learned, feature_axes, x))
     if given is not None:
-        given = jnp.asarray(given)
         if given.shape == feature_shape(x.shape, feature_axes):
             terms.append(to_features(given, feature_axes, x))
         else:

@@ -124,11 +124,6 @@ def abs_square(a: Array) -> Array:
     return real_product(a, a)
 
 
-def _abs_square_tangent(d: Array, t: Array) -> Array:
-    product = d.real * t.real + d.imag * t.imag if jnp.iscomplexobj(d) else d * t
-    return 2 * product
-
-
 def counted(mask: Array | None, x: Array) -> Array:
     return x if mask is None else jnp.where(mask, x, jnp.zeros_like(x))
 
