@@ -13,14 +13,8 @@ from ._dtypes import cast, real_dtype
 from ._layer import AbstractNorm
 from ._moments import Moments, Reduction
 from ._normalize import normalize, standardize
-from ._running import (
-    RunningStats,
-    check_momentum,
-    get_stats,
-    init_stats,
-    set_stats,
-    update,
-)
+from ._running import RunningStats, check_momentum, init_stats, update
+from ._state import get_state, set_state
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 
 
@@ -180,7 +174,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         """
         del key
         name = type(self).__name__
-        running = get_stats(state, self.state_index, layer=name)
+        running = get_state(state, self.state_index, layer=name)
         inputs = self._prepare(
             x,
             mask,
@@ -232,11 +226,11 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             momentum=self.momentum,
             unbiased=self.use_unbiased_variance,
         )
-        return y, set_stats(state, self.state_index, running)
+        return y, set_state(state, self.state_index, running)
 
     def running_stats(self, state: State) -> RunningStats:
         """The running statistics that `state` holds for this layer."""
-        return get_stats(state, self.state_index, layer=type(self).__name__)
+        return get_state(state, self.state_index, layer=type(self).__name__)
 
 
 def freeze(model: PyTree) -> PyTree:

@@ -1,9 +1,8 @@
 """Running statistics: what `BatchNorm` remembers, and how a batch changes it."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
-from equinox.nn import State, StateIndex
+from equinox.nn import StateIndex
 from jax import lax
 from jaxtyping import Array, Inexact, Int
 
@@ -43,36 +42,6 @@ def check_momentum(momentum: float | None, *, layer: str) -> float | None:
             f"1, or `None` for the average over all batches, got {momentum}."
         )
     return None if momentum is None else float(momentum)
-
-
-def get_stats(state: State, index: StateIndex[RunningStats], *, layer: str) -> RunningStats:
-    if not isinstance(state, State):
-        raise ValueError(
-            f"{layer}: needs the model's `equinox.nn.State` as its second argument, got "
-            f"{type(state).__name__}. Make both with `model, state = "
-            f"equinox.nn.make_with_state({layer})(...)`, and call `y, state = model(x, "
-            "state)`."
-        )
-    try:
-        return state.get(index)
-    except KeyError:
-        raise ValueError(
-            f"{layer}: this `state` holds nothing for this layer; it was made for another "
-            "model. Make model and state together: `model, state = "
-            "equinox.nn.make_with_state(Model)(...)`."
-        ) from None
-
-
-def set_stats(state: State, index: StateIndex[RunningStats], stats: RunningStats) -> State:
-    """`state.set`, for statistics that a mesh describes in other words than the old ones.
-
-    `State.set` compares types. Inside `shard_map` that of a state which was closed over
-    differs from anything computed there.
-    """
-    part = state.substate(index)
-    return state.update(
-        jax.tree.unflatten(jax.tree.structure(part), jax.tree.leaves(stats))
-    )
 
 
 def update(
