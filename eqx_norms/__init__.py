@@ -7,3 +7,6 @@ from ._layer_norm import LayerNorm as LayerNorm
 from ._rms_norm import RMSNorm as RMSNorm
 from ._running import RunningStats as RunningStats
 from ._shard_map import filter_shard_map as filter_shard_map
+from ._spectral_norm import SpectralNorm as SpectralNorm
+from ._spectral_norm import SpectralStats as SpectralStats
+from ._weight_norm import WeightNorm as WeightNorm

@@ -1,4 +1,4 @@
-"""Scale and bias: the learned ones' creation, and how those given at the call join them."""
+"""Scale and bias: created, and laid out with those that are given at the call."""
 
 import jax
 import jax.numpy as jnp
@@ -68,21 +68,19 @@ def _init(
             f"{layer}: `{argument}` must return shape {shape} and dtype {dtype}, got "
             f"shape {value.shape} and dtype {value.dtype}."
         )
-    return value
+    return value.astype(dtype)  # not weakly typed, whatever the initializer returned
 
 
-def combine(
+def lay_out(
     learned: Array | None,
     given: Array | None,
-    offset: float,
     x: Array,
     feature_axes: tuple[int, ...],
-    dtype: np.dtype,
     *,
     layer: str,
     argument: str,
-) -> Array | None:
-    """What is applied: learned and given and the offset, added up, with the rank of `x`."""
+) -> tuple[Array, ...]:
+    """What there is of the two, of the rank of `x`."""
     terms = []
     if learned is not None:
         terms.append(to_features(learned, feature_axes, x))
@@ -91,9 +89,4 @@ def combine(
             terms.append(to_features(given, feature_axes, x))
         else:
             terms.append(to_rank(given, x, layer=layer, argument=argument))
-    if not terms or (len(terms) == 1 and offset == 0):
-        return terms[0] if terms else None
-    total = terms[0].astype(dtype)
-    for term in terms[1:]:
-        total = total + term.astype(dtype)
-    return total + offset
+    return tuple(terms)

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -13,7 +14,7 @@ from ._dtypes import cast, real_dtype
 from ._layer import AbstractNorm
 from ._moments import Moments, Reduction
 from ._normalize import normalize, standardize
-from ._running import RunningStats, check_momentum, init_stats, update
+from ._running import PooledStats, RunningStats, check_momentum, init_stats, update
 from ._state import get_state, set_state
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 
@@ -215,7 +216,8 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             reduction,
             members,
             epsilon=self.epsilon,
-            fast=self.use_fast_variance,
+            # What is pooled is to be exact, whatever was known of its mean before.
+            fast=self.use_fast_variance and not isinstance(running, PooledStats),
             origin=mean,
         )
         running = update(
@@ -258,17 +260,19 @@ def unfreeze(model: PyTree) -> PyTree:
 
 
 def _set_frozen(model: PyTree, frozen: bool) -> PyTree:
+    return change_layers(
+        model, lambda layer: eqx.tree_at(lambda layer: layer.frozen, layer, frozen)
+    )
+
+
+def change_layers(model: PyTree, change: Callable[[BatchNorm], BatchNorm]) -> PyTree:
+    """Replaces every `BatchNorm` in a model, which must have one."""
+
     def is_layer(node):
         return isinstance(node, BatchNorm)
 
     if not any(is_layer(node) for node in jax.tree.leaves(model, is_leaf=is_layer)):
         raise ValueError("There is no `eqx_norms.BatchNorm` in this model.")
-
-    def change(node):
-        return (
-            eqx.tree_at(lambda layer: layer.frozen, node, frozen)
-            if is_layer(node)
-            else node
-        )
-
-    return jax.tree.map(change, model, is_leaf=is_layer)
+    return jax.tree.map(
+        lambda node: change(node) if is_layer(node) else node, model, is_leaf=is_layer
+    )

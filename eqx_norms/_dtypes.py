@@ -10,7 +10,7 @@ from jaxtyping import Array
 from ._types import DTypeLike
 
 
-def promote(*dtypes: DTypeLike) -> np.dtype:
+def promote(*dtypes: DTypeLike | Array) -> np.dtype:
     # The promotion here is this library's contract, not an accident of the caller's:
     # `jax_numpy_dtype_promotion="strict"` must not forbid it.
     with jax.numpy_dtype_promotion("standard"):
@@ -44,7 +44,7 @@ def result_dtype(
     dtype: np.dtype | None, x: Array, *others: Array | None, layer: str
 ) -> np.dtype:
     """`dtype`, or else what the input and the parameters promote to."""
-    promoted = promote(x.dtype, *(o.dtype for o in others if o is not None))
+    promoted = promote(x.dtype, *(o for o in others if o is not None))
     if not jnp.issubdtype(promoted, jnp.inexact):
         promoted = promote(promoted, jnp.float32)
     if dtype is None:

@@ -10,7 +10,7 @@ import numpy as np
 from equinox.nn import State
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
-from ._affine import check_num_features, combine, init_affine
+from ._affine import check_num_features, init_affine, lay_out
 from ._axes import as_tuple, canonicalize_axes, feature_shape, to_rank
 from ._collectives import bound_members, canonicalize_groups, canonicalize_names
 from ._dtypes import (
@@ -115,21 +115,16 @@ class AbstractNorm(eqx.Module):
                     f"dtype {mask.dtype}."
                 )
             mask = to_rank(mask, x, layer=name, argument="mask")
+        scale, bias = (None if a is None else jnp.asarray(a) for a in (scale, bias))
         dtype = result_dtype(self.dtype, x, self.scale, self.bias, scale, bias, layer=name)
-        wide = promote(x.dtype, dtype, jnp.float32)
-
-        def applied(learned, given, offset, argument):
-            return combine(
-                learned, given, offset, x, axes, wide, layer=name, argument=argument
-            )
-
         return Inputs(
             x,
             mask,
-            applied(self.scale, scale, self.scale_offset, "scale"),
-            applied(self.bias, bias, 0.0, "bias"),
+            lay_out(self.scale, scale, x, axes, layer=name, argument="scale"),
+            lay_out(self.bias, bias, x, axes, layer=name, argument="bias"),
+            self.scale_offset,
             axes,
-            wide,
+            promote(x.dtype, dtype, jnp.float32),
             dtype,
         )
 

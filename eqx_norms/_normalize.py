@@ -19,8 +19,10 @@ class Inputs(NamedTuple):
 
     x: Array
     mask: Array | None
-    scale: Array | None
-    bias: Array | None
+    # Those learned and those given at the call, to be added up.
+    scale: tuple[Array, ...]
+    bias: tuple[Array, ...]
+    scale_offset: float
     feature_axes: tuple[int, ...]
     # What to compute in, and what to return.
     compute_dtype: np.dtype
@@ -30,15 +32,11 @@ class Inputs(NamedTuple):
 class _Spec(NamedTuple):
     reduction: Reduction
     epsilon: float
+    scale_offset: float
     dtype: np.dtype
-
-
-class _OwnSpec(NamedTuple):
-    reduction: Reduction
-    epsilon: float
-    dtype: np.dtype
-    center: bool
-    fast: bool
+    # Where the moments are the input's own.
+    center: bool = True
+    fast: bool = True
 
 
 def _deviation(spec, x, mask, m):
@@ -67,19 +65,6 @@ def _folds(a: Array, b: Array) -> bool:
     return math.prod(np.broadcast_shapes(a.shape, b.shape)) <= max(a.size, b.size)
 
 
-def _apply(spec, x, mask, scale, bias, m):
-    d, inverse, _ = _deviation(spec, x, mask, m)
-    if scale is None:
-        y = d * inverse
-    elif _folds(inverse, scale):
-        y = d * (inverse * scale.astype(d.dtype))
-    else:
-        y = d * inverse * scale.astype(d.dtype)
-    if bias is not None:
-        y = y + bias.astype(d.dtype)
-    return y.astype(spec.dtype)
-
-
 def _times(a: Array | None, b: Array | None) -> Array | None:
     return None if a is None or b is None else a * b
 
@@ -87,6 +72,30 @@ def _times(a: Array | None, b: Array | None) -> Array | None:
 def _plus(*terms: Array | None) -> Array | None:
     present = [term for term in terms if term is not None]
     return sum(present[1:], present[0]) if present else None
+
+
+def _total(terms: tuple[Array | None, ...], dtype: np.dtype) -> Array | None:
+    """Added up here, within the rule, as their sum may be larger than each of them."""
+    return _plus(*(None if term is None else term.astype(dtype) for term in terms))
+
+
+def _total_scale(spec: _Spec, terms: tuple[Array, ...]) -> Array | None:
+    total = _total(terms, spec.reduction.dtype)
+    return total if total is None or spec.scale_offset == 0 else total + spec.scale_offset
+
+
+def _apply(spec, x, mask, scale, bias, m):
+    d, inverse, _ = _deviation(spec, x, mask, m)
+    scale, bias = _total_scale(spec, scale), _total(bias, d.dtype)
+    if scale is None:
+        y = d * inverse
+    elif _folds(inverse, scale):
+        y = d * (inverse * scale)
+    else:
+        y = d * inverse * scale
+    if bias is not None:
+        y = y + bias
+    return y.astype(spec.dtype)
 
 
 def _apply_tangent(spec, x, mask, scale, m, dx, dscale, dbias, dmean, dvar):
@@ -102,9 +111,8 @@ def _apply_tangent(spec, x, mask, scale, m, dx, dscale, dbias, dmean, dvar):
             else spec.reduction.spread(statistic, x).astype(d.dtype)
         )
 
-    scale, dx, dscale, dbias = (
-        None if a is None else a.astype(d.dtype) for a in (scale, dx, dscale, dbias)
-    )
+    scale = _total_scale(spec, scale)
+    dx, dscale, dbias = (_total(terms, d.dtype) for terms in ((dx,), dscale, dbias))
     if dx is not None and valid is not None:
         dx = jnp.where(valid, dx, jnp.zeros_like(dx))
     slope = _times(laid_out(dvar), -inverse * inverse / 2)
@@ -180,7 +188,8 @@ _normalize_own = lean(
 
 def normalize(inputs: Inputs, m: Moments, *, epsilon: float) -> Array:
     """Normalises with given moments, of the rank of the input."""
-    spec = _Spec(Reduction((), inputs.compute_dtype), epsilon, inputs.dtype)
+    reduction = Reduction((), inputs.compute_dtype)
+    spec = _Spec(reduction, epsilon, inputs.scale_offset, inputs.dtype)
     return _normalize(spec, inputs.x, inputs.mask, inputs.scale, inputs.bias, m)
 
 
@@ -196,10 +205,9 @@ def standardize(
 ) -> tuple[Array, Moments]:
     """Normalises with the input's own moments. These too, a row for each group."""
     x, mask, scale, bias = inputs.x, inputs.mask, inputs.scale, inputs.bias
+    spec = _Spec(reduction, epsilon, inputs.scale_offset, inputs.dtype, center, fast)
     if not any(m.names for m in members):
-        spec = _OwnSpec(reduction, epsilon, inputs.dtype, center, fast)
         y, m = _normalize_own(spec, x, mask, scale, bias)
         return y, jax.tree.map(lambda leaf: leaf[None], m)
     m, rows = moments(x, mask, reduction, members, center=center, fast=fast, origin=origin)
-    spec = _Spec(reduction, epsilon, inputs.dtype)
     return _normalize(spec, x, mask, scale, bias, m), rows

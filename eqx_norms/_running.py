@@ -8,7 +8,7 @@ from jaxtyping import Array, Inexact, Int
 
 from ._axes import from_features, shard_like
 from ._dtypes import cast, promote, real_dtype
-from ._moments import Moments, over_groups
+from ._moments import Moments, abs_square, over_groups
 from ._types import DTypeLike, Shape
 
 
@@ -17,6 +17,19 @@ class RunningStats(eqx.Module):
 
     - `mean`, `var`: the running mean and variance, float32 or wider.
     - `count`: how many batches each feature has absorbed.
+    """
+
+    mean: Inexact[Array, "*features"]
+    var: Inexact[Array, "*features"]
+    count: Int[Array, "*features"]
+
+
+class PooledStats(eqx.Module):
+    """What `recalibrate` puts in the place of `RunningStats`: the statistics of all data
+    since `count` was zero.
+
+    - `mean`, `var`: of these data, and of anything while `count` is zero.
+    - `count`: how many positions they have.
     """
 
     mean: Inexact[Array, "*features"]
@@ -45,19 +58,21 @@ def check_momentum(momentum: float | None, *, layer: str) -> float | None:
 
 
 def update(
-    old: RunningStats,
+    old: RunningStats | PooledStats,
     rows: Moments,
     feature_axes: tuple[int, ...],
     *,
     size: int,
     momentum: float | None,
     unbiased: bool,
-) -> RunningStats:
+) -> RunningStats | PooledStats:
     """Takes a batch in, or leaves a feature as it was where the batch says nothing of it.
 
     `rows` are the same on all devices, so all devices decide alike. `size` is how many
     positions a statistic is over.
     """
+    if isinstance(old, PooledStats):
+        return _pool(old, rows, feature_axes, size=size)
     mean, var, weight = over_groups(rows, size, unbiased=unbiased)
     mean = cast(from_features(mean, feature_axes), old.mean.dtype)
     var = cast(from_features(var, feature_axes), old.var.dtype)
@@ -81,5 +96,43 @@ def update(
         blend(old.mean, mean),
         blend(old.var, var),
         old.count + good.astype(old.count.dtype),
+    )
+    return lax.stop_gradient(stats)
+
+
+def _pool(
+    old: PooledStats, rows: Moments, feature_axes: tuple[int, ...], *, size: int
+) -> PooledStats:
+    """Weighted by how many positions each has, the variance between them included."""
+    axes = (0, *(axis + 1 for axis in feature_axes))
+
+    def after(old, rows):
+        rows = cast(from_features(rows, axes), old.dtype)
+        return jnp.concatenate([old[None], shard_like(rows, old[None])])
+
+    if rows.weight is None:
+        count = jnp.full_like(rows.var, size, old.count.dtype)
+    else:
+        # A fraction of `size`, and of an integer.
+        count = jnp.round(rows.weight * size)
+    count = after(old.count, count)
+    mean, var = after(old.mean, rows.mean), after(old.var, rows.var)
+
+    counted = count > 0
+    finite = jnp.isfinite(mean) & jnp.isfinite(var)
+    good = jnp.all(finite[1:] | ~counted[1:], 0) & jnp.any(counted[1:], 0)
+
+    total = jnp.sum(count, 0, dtype=count.dtype)
+    share = count.astype(var.dtype) / jnp.maximum(total, 1).astype(var.dtype)
+
+    def average(values):
+        values = jnp.where(counted, values, 0)
+        return jnp.sum(share.astype(values.dtype) * values, 0)
+
+    pooled = average(mean)
+    stats = PooledStats(
+        jnp.where(good, pooled, old.mean),
+        jnp.where(good, average(var + abs_square(mean - pooled)), old.var),
+        jnp.where(good, total, old.count),
     )
     return lax.stop_gradient(stats)

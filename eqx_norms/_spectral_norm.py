@@ -1,0 +1,254 @@
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from equinox.nn import State, StatefulLayer, StateIndex
+from jax import lax
+from jaxtyping import Array, Float, Inexact, PRNGKeyArray
+
+from ._axes import canonicalize_axes, check_axes, other_axes, shard_like
+from ._dtypes import check_dtype, check_epsilon, promote, real_dtype, result_dtype
+from ._moments import abs_square
+from ._state import get_state, set_state
+from ._types import Axes, DTypeLike
+from ._wrapped import choose_weights, get_weights, is_stateful, set_weights
+
+
+_Layer = TypeVar("_Layer")
+# Before the first call, so that evaluation is of use from the start.
+_FIRST_STEPS = 15
+
+
+class SpectralStats(eqx.Module):
+    """What a [`eqx_norms.SpectralNorm`][] remembers of one of its weights.
+
+    - `u`, `v`: the singular vectors of the largest singular value, with the rank of the
+        weight: `u` along the feature axes, `v` along all others.
+    - `sigma`: the largest singular value.
+    """
+
+    u: Inexact[Array, "..."]
+    v: Inexact[Array, "..."]
+    sigma: Float[Array, ""]
+
+
+def _sigma(weight: Array, stats: SpectralStats) -> Array:
+    u, v = (shard_like(a, weight) for a in (stats.u, stats.v))
+    return jnp.sum((u.conj() * weight * v).real)
+
+
+def _unit(vector: Array, old: Array, epsilon: float) -> Array:
+    """Of length one; where there is nothing to scale, or not to be had, what it was."""
+    norm = jnp.sqrt(jnp.sum(abs_square(vector)))
+    good = jnp.isfinite(norm) & (norm > epsilon)
+    return jnp.where(good, vector / jnp.where(good, norm, 1), shard_like(old, vector))
+
+
+def _step(
+    weight: Array, stats: SpectralStats, features: tuple[int, ...], epsilon: float
+) -> SpectralStats:
+    """One power iteration. (Sums, not products of matrices: those are in lower precision
+    on accelerators, and refuse sharded weights on an Explicit mesh.)"""
+    others = other_axes(features, weight.ndim)
+    u = shard_like(stats.u, weight)
+    v = _unit(jnp.sum(weight.conj() * u, features, keepdims=True), stats.v, epsilon)
+    u = _unit(jnp.sum(weight * v, others, keepdims=True), stats.u, epsilon)
+    return SpectralStats(u, v, stats.sigma)
+
+
+class SpectralNorm(StatefulLayer, Generic[_Layer]):
+    r"""Calls a layer with weights divided by their largest singular value.
+
+    $$w = \frac{v}{\sigma(v)}, \qquad \sigma(v) = \max_{|a| = 1} |v a|$$
+
+    $v$ is the wrapped layer's weight, which stays as it is; what is divided is a copy, made
+    at each call. A weight of more than two dimensions is taken for the matrix that has the
+    positions along `feature_axes` for rows, and all others for columns.
+
+    $\sigma$ is found by power iteration, some steps in each training call; the singular
+    vectors are kept in an `equinox.nn.State`. No gradient flows through them. In evaluation
+    the stored vectors are used as they are.
+
+    !!! example
+
+        ```python
+        linear = eqx.nn.Linear(3, 4, key=jax.random.key(0))
+        layer, state = eqx.nn.make_with_state(en.SpectralNorm)(
+            linear, key=jax.random.key(1)
+        )
+        y, state = layer(jnp.ones(3), state)
+        ```
+
+    !!! cite
+
+        [Spectral Normalization for Generative Adversarial
+        Networks](https://arxiv.org/abs/1802.05957), with the parameters of Flax's
+        `nnx.SpectralNorm`.
+    """
+
+    layer: _Layer
+    state_index: StateIndex[tuple[SpectralStats, ...]]
+    inference: bool
+    weights: tuple[str, ...] = eqx.field(static=True)
+    feature_axes: tuple[int, ...] = eqx.field(static=True)
+    n_steps: int = eqx.field(static=True)
+    epsilon: float = eqx.field(static=True)
+    dtype: np.dtype | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        layer: _Layer,
+        *,
+        feature_axes: Axes = 0,
+        n_steps: int = 1,
+        epsilon: float = 1e-12,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        error_on_non_matrix: bool = False,
+        update_stats: bool = True,
+        where: Callable[[_Layer], Any] | None = None,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `layer`: any layer. One that has a state is called with it too.
+        - `feature_axes`: the axes of a weight that are the rows of the matrix: 0, by
+            default, the outputs of Equinox's layers.
+        - `n_steps`: how many steps of power iteration a training call takes.
+        - `epsilon`: lengths up to this count as zero: a weight whose largest singular value
+            is no larger is not divided, and keeps its singular vectors.
+        - `dtype`: of the weights that the layer is called with, by default that of the
+            weight. The arithmetic is in float32 or wider.
+        - `param_dtype`: of the singular vectors and values, if wider than float32.
+        - `error_on_non_matrix`: whether to raise for weights that are no matrices, rather
+            than to take them for such.
+        - `update_stats`: whether to take steps, and keep what they found. Its opposite is
+            kept in the field `inference`, which `equinox.nn.inference_mode` toggles.
+        - `where`: a function that picks one weight or several out of the layer, as in
+            `equinox.tree_at`. By default each leaf that is called `weight` and has two
+            dimensions or more; the vectors of norms and the like are left alone.
+        - `key`: a `jax.random` key for the first vectors.
+
+        **Raises:**
+
+        `ValueError` where one of these is not as described.
+        """
+        name = type(self).__name__
+        self.layer = layer
+        self.weights = choose_weights(layer, where, wrapper=name)
+        self.feature_axes = check_axes(feature_axes, layer=name, argument="feature_axes")
+        if n_steps < 1:
+            raise ValueError(
+                f"{name}: `n_steps` must be at least 1, got {n_steps}. To leave the "
+                "singular vectors as they are, use `update_stats=False`."
+            )
+        self.n_steps = n_steps
+        self.epsilon = check_epsilon(epsilon, layer=name)
+        self.dtype = (
+            None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
+        )
+        param_dtype = check_dtype(param_dtype, layer=name, argument="param_dtype")
+        weights = get_weights(layer, self.weights)
+        if error_on_non_matrix and any(weight.ndim != 2 for weight in weights):
+            shapes = dict(zip(self.weights, (w.shape for w in weights), strict=True))
+            raise ValueError(
+                f"{name}: with `error_on_non_matrix=True` all weights must have two "
+                f"dimensions, got {shapes}."
+            )
+        keys = jax.random.split(key, len(weights))
+        self.state_index = StateIndex(
+            tuple(
+                self._init(weight, promote(weight.dtype, param_dtype, jnp.float32), key)
+                for weight, key in zip(weights, keys, strict=True)
+            )
+        )
+        self.inference = not update_stats
+
+    def _features(self, weight: Array) -> tuple[int, ...]:
+        return canonicalize_axes(
+            self.feature_axes,
+            weight.ndim,
+            layer=type(self).__name__,
+            argument="feature_axes",
+        )
+
+    def _init(self, weight: Array, dtype: np.dtype, key: PRNGKeyArray) -> SpectralStats:
+        features = self._features(weight)
+        shapes = (
+            [n if (axis in features) == rows else 1 for axis, n in enumerate(weight.shape)]
+            for rows in (True, False)
+        )
+        u, v = (
+            _unit(draw, draw, 0.0)
+            for draw in (
+                jax.random.normal(key, shape, dtype)
+                for key, shape in zip(jax.random.split(key), shapes, strict=True)
+            )
+        )
+        stats = SpectralStats(u, v, jnp.ones((), real_dtype(dtype)))
+        return self._update(weight, stats, _FIRST_STEPS)
+
+    def _update(self, weight: Array, stats: SpectralStats, steps: int) -> SpectralStats:
+        weight = lax.stop_gradient(weight).astype(stats.u.dtype)
+        for _ in range(steps):
+            stats = _step(weight, stats, self._features(weight), self.epsilon)
+        sigma = _sigma(weight, stats)
+        sigma = jnp.where(jnp.isfinite(sigma), sigma, stats.sigma)
+        return SpectralStats(stats.u, stats.v, sigma)
+
+    def _normalized(self, weight: Array, stats: SpectralStats) -> Array:
+        wide = weight.astype(promote(weight.dtype, stats.u.dtype))
+        sigma = _sigma(wide, stats)
+        sigma = jnp.where(sigma > self.epsilon, sigma, 1)
+        dtype = result_dtype(self.dtype, weight, layer=type(self).__name__)
+        return (wide / sigma).astype(dtype)
+
+    @jax.named_scope("eqx_norms.SpectralNorm")
+    def __call__(
+        self,
+        x: Any,
+        state: State,
+        *args: Any,
+        update_stats: bool | None = None,
+        key: PRNGKeyArray | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, State]:
+        """**Arguments:**
+
+        - `x`, and all but those named here: handed to the layer. `key` only if there is
+            one, `state` if the layer has one too.
+        - `state`: the model's `equinox.nn.State`, which holds the singular vectors.
+        - `update_stats`: if given, takes the place of the opposite of the field
+            `inference`.
+
+        **Returns:**
+
+        A pair of what the layer returns, and the state, updated in training.
+
+        **Raises:**
+
+        `ValueError` if `state` holds nothing for this layer; what the layer raises.
+        """
+        stats = get_state(state, self.state_index, layer=type(self).__name__)
+        weights = get_weights(self.layer, self.weights)
+        if not self.inference if update_stats is None else update_stats:
+            stats = tuple(
+                self._update(weight, old, self.n_steps)
+                for weight, old in zip(weights, stats, strict=True)
+            )
+            state = set_state(state, self.state_index, stats)
+        new = tuple(map(self._normalized, weights, stats))
+        layer: Any = set_weights(self.layer, self.weights, new)
+        if key is not None:
+            kwargs["key"] = key
+        if is_stateful(self.layer):
+            return layer(x, state, *args, **kwargs)
+        return layer(x, *args, **kwargs), state
+
+    def spectral_stats(self, state: State) -> tuple[SpectralStats, ...]:
+        """What `state` holds for this layer, weight by weight in the order of the field
+        `weights`."""
+        return get_state(state, self.state_index, layer=type(self).__name__)

@@ -1,0 +1,202 @@
+import math
+from collections.abc import Callable
+from typing import Any, Generic, Literal, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from equinox.nn import StatefulLayer
+from jax.nn.initializers import ones
+from jaxtyping import Array, Inexact, PRNGKeyArray
+
+from ._affine import init_affine
+from ._axes import (
+    canonicalize_axes,
+    check_axes,
+    feature_shape,
+    from_features,
+    other_axes,
+    to_features,
+)
+from ._collectives import ALONE
+from ._dtypes import check_dtype, check_epsilon, promote, result_dtype
+from ._moments import Reduction, moments
+from ._normalize import Inputs, standardize
+from ._types import Axes, DTypeLike, Initializer
+from ._wrapped import choose_weights, get_weights, is_stateful, set_weights
+
+
+_Layer = TypeVar("_Layer")
+
+
+class WeightNorm(StatefulLayer, Generic[_Layer]):
+    r"""Calls a layer with weights of a length of their own, apart from their direction.
+
+    $$w = g * \frac{v}{\sqrt{\sum |v|^2 + \varepsilon}}$$
+
+    $v$ is the wrapped layer's weight, which stays as it is; what is normalised is a copy,
+    made at each call. The sum is over all axes but `feature_axes`, and the scale $g$ has
+    one entry for each position along these.
+
+    !!! example
+
+        ```python
+        linear = eqx.nn.Linear(3, 4, key=jax.random.key(0))
+        layer = en.WeightNorm(linear, scale_init="norm")
+        y = layer(jnp.ones(3))
+        ```
+
+    !!! cite
+
+        [Weight Normalization](https://arxiv.org/abs/1602.07868), with the parameters of
+        Flax's `nnx.WeightNorm`.
+    """
+
+    layer: _Layer
+    scales: tuple[Inexact[Array, "..."], ...] | None
+    weights: tuple[str, ...] = eqx.field(static=True)
+    feature_axes: tuple[int, ...] = eqx.field(static=True)
+    epsilon: float = eqx.field(static=True)
+    dtype: np.dtype | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        layer: _Layer,
+        *,
+        feature_axes: Axes | None = 0,
+        use_scale: bool = True,
+        scale_init: Initializer | Literal["norm"] = ones,
+        epsilon: float = 1e-12,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        where: Callable[[_Layer], Any] | None = None,
+        key: PRNGKeyArray | None = None,
+    ):
+        """**Arguments:**
+
+        - `layer`: any layer. One that has a state is called, and answers, with it.
+        - `feature_axes`: the axes of a weight along which lengths differ: 0, by default,
+            the outputs of Equinox's layers (of Flax's they are the last axis, and so is
+            Flax's default). `None` for one length for the whole weight.
+        - `use_scale`: whether lengths are learned; without, they are one.
+        - `scale_init`: a function `(key, shape, dtype) -> array` that makes the scale of a
+            weight, as in `jax.nn.initializers`. Or `"norm"` for the weight's own lengths,
+            as in the paper and PyTorch: then the wrapped layer computes at first what the
+            layer does.
+        - `epsilon`: added to the squared length. Not negative. Zeros stay zeros.
+        - `dtype`: of the weights that the layer is called with. By default what the weight
+            and its scale promote to. The arithmetic is in float32 or wider.
+        - `param_dtype`: of the scales.
+        - `where`: a function that picks one weight or several out of the layer, as in
+            `equinox.tree_at`. By default each leaf that is called `weight` and has two
+            dimensions or more; the vectors of norms and the like are left alone.
+        - `key`: a `jax.random` key for the initializer, if it needs one.
+
+        **Raises:**
+
+        `ValueError` where one of these is not as described, or a weight has no axis but
+        `feature_axes`.
+        """
+        name = type(self).__name__
+        self.layer = layer
+        self.weights = choose_weights(layer, where, wrapper=name)
+        self.feature_axes = (
+            ()
+            if feature_axes is None
+            else check_axes(feature_axes, layer=name, argument="feature_axes")
+        )
+        self.epsilon = check_epsilon(epsilon, layer=name)
+        self.dtype = (
+            None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
+        )
+        weights = get_weights(layer, self.weights)
+        keys = [None] * len(weights) if key is None else jax.random.split(key, len(weights))
+        scales = []
+        for weight, key in zip(weights, keys, strict=True):
+            axes, _ = self._axes(weight)
+            init = scale_init
+            if init == "norm":
+                init = lambda key, shape, dtype, weight=weight: self._norm(weight, dtype)  # noqa: E731
+            scale, _ = init_affine(
+                feature_shape(weight.shape, axes),
+                param_dtype,
+                key,
+                scale_init=init,
+                bias_init=None,
+                layer=name,
+            )
+            scales.append(scale)
+        self.scales = tuple(scales) if use_scale else None
+
+    def is_stateful(self) -> bool:
+        return is_stateful(self.layer)
+
+    def _axes(self, weight: Array) -> tuple[tuple[int, ...], Reduction]:
+        name = type(self).__name__
+        axes = canonicalize_axes(
+            self.feature_axes, weight.ndim, layer=name, argument="feature_axes"
+        )
+        over = other_axes(axes, weight.ndim)
+        if not over:
+            raise ValueError(
+                f"{name}: a weight of shape {weight.shape} has no axis left to take its "
+                f"length over besides `feature_axes={self.feature_axes}`. Choose others, "
+                "or other weights with `where`."
+            )
+        return axes, Reduction(over, promote(weight.dtype, jnp.float32))
+
+    # The length is the root mean square times the root of how many are averaged.
+
+    def _norm(self, weight: Array, dtype: np.dtype) -> Array:
+        axes, reduction = self._axes(weight)
+        size = reduction.size(weight.shape)
+        own, _ = moments(weight, None, reduction, (ALONE, ALONE), center=False, fast=True)
+        norm = math.sqrt(size) * jnp.sqrt(own.var + self.epsilon / size)
+        return from_features(norm, axes).astype(dtype)
+
+    def _normalized(self, weight: Array, scale: Array | None) -> Array:
+        name = type(self).__name__
+        axes, reduction = self._axes(weight)
+        size = reduction.size(weight.shape)
+        dtype = result_dtype(self.dtype, weight, scale, layer=name)
+        wide = promote(reduction.dtype, dtype)
+        if scale is None:
+            length = jnp.ones([1] * weight.ndim, wide)
+        else:
+            length = to_features(scale.astype(wide), axes, weight)
+        inputs = Inputs(
+            weight, None, (length / math.sqrt(size),), (), 0.0, axes, wide, dtype
+        )
+        y, _ = standardize(
+            inputs,
+            reduction._replace(dtype=wide),
+            (ALONE, ALONE),
+            epsilon=self.epsilon / size,
+            center=False,
+        )
+        return y
+
+    @jax.named_scope("eqx_norms.WeightNorm")
+    def __call__(
+        self, x: Any, *args: Any, key: PRNGKeyArray | None = None, **kwargs: Any
+    ) -> Any:
+        """**Arguments:**
+
+        - `x`, and all others: handed to the layer. `key` only if there is one.
+
+        **Returns:**
+
+        What the layer returns.
+
+        **Raises:**
+
+        What the layer raises.
+        """
+        weights = get_weights(self.layer, self.weights)
+        scales = (None,) * len(weights) if self.scales is None else self.scales
+        new = tuple(map(self._normalized, weights, scales))
+        layer: Any = set_weights(self.layer, self.weights, new)
+        if key is not None:
+            kwargs["key"] = key
+        return layer(x, *args, **kwargs)
