@@ -1,9 +1,11 @@
 from ._batch_norm import BatchNorm as BatchNorm
 from ._batch_norm import freeze as freeze
 from ._batch_norm import unfreeze as unfreeze
+from ._fold import fold_batch_norm as fold_batch_norm
 from ._group_norm import GroupNorm as GroupNorm
 from ._instance_norm import InstanceNorm as InstanceNorm
 from ._layer_norm import LayerNorm as LayerNorm
+from ._recalibrate import recalibrate as recalibrate
 from ._rms_norm import RMSNorm as RMSNorm
 from ._running import RunningStats as RunningStats
 from ._shard_map import filter_shard_map as filter_shard_map

@@ -62,9 +62,9 @@ def fold_batch_norm(layer: Layer, bn: Any, state: State) -> Layer:
     features, outputs = as_tuple(bn.num_features), weight.shape[0]
     if features != (outputs,):
         raise ValueError(
-            f"fold_batch_norm: `bn` must have one feature for each of the {outputs} outputs "
-            f"of {type(layer).__name__}, got `num_features={bn.num_features}` along "
-            f"`axis={bn.axis}`."
+            f"fold_batch_norm: `bn` must have one feature for each of the {outputs} "
+            f"outputs of {type(layer).__name__}, got `num_features={bn.num_features}` "
+            f"along `axis={bn.axis}`."
         )
     # As the layer computes it, but on a vector, and without a cast at the end.
     evaluation = _replace(bn, frozen=True, axis=(0,), dtype=None)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from equinox.nn import State
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
-from ._batch_norm import BatchNorm
+from ._batch_norm import BatchNorm, change_layers
 from ._running import PooledStats, RunningStats
 from ._state import get_state
 
@@ -24,7 +24,8 @@ def recalibrate(
     r"""Takes the running statistics of every [`eqx_norms.BatchNorm`][] in a model anew: not
     of the last batches, but of a whole data set, each position counting once.
 
-    With $n_i$ positions of mean $m_i$ and variance $v_i$ in batch $i$, and $N = \sum_i n_i$,
+    With $n_i$ positions in batch $i$, of mean $m_i$ and variance $v_i$, and
+    $N = \sum_i n_i$,
 
     $$m = \frac{1}{N} \sum_i n_i m_i, \qquad
     v = \frac{1}{N} \sum_i n_i (v_i + |m_i - m|^2),$$
@@ -73,36 +74,29 @@ def recalibrate(
     """
     layers = _layers(model)
     old = {name: layer.running_stats(state) for name, layer in layers.items()}
-    start = _replace(state, layers, {name: _start(stats) for name, stats in old.items()})
-    model = eqx.tree_at(
-        lambda model: [layer.inference for layer in _layers(model).values()],
-        model,
-        [False] * len(layers),
-    )
-    totals = {name: _Total(*np.zeros(4, np.int64)) for name in layers}
+    start = _replace(state, layers, {name: _start(old[name]) for name in layers})
+    model = change_layers(model, _in_training)
+    totals = {name: _NOTHING for name in layers}
     number = 0
     for batch in _with_bar(batches) if progress else batches:
-        new = _pooled(forward(model, _copy(start), batch), layers, start)
-        totals = {name: _add(totals[name], new[name]) for name in layers}
+        new = _pooled(forward(model, _copy(start), batch), layers, old)
+        totals = {name: _merge(totals[name], new[name]) for name in layers}
         number += 1
     if number == 0:
         raise ValueError(
-            "recalibrate: `batches` is empty. Give at least one batch; if it is a generator, "
-            "it may have been used up before."
+            "recalibrate: `batches` is empty. Give at least one batch; an iterator may "
+            "have been used up before."
         )
-    missed = [name for name, total in totals.items() if not np.any(total.count)]
+    missed = [name for name in layers if not np.any(totals[name].batches)]
     if missed:
         raise ValueError(
-            f"recalibrate: in {number} batches nothing finite was counted for the layers "
-            f"{', '.join(missed)}. `forward` must call each in training, without "
-            "`use_running_average=True`, and return the state that the model returns. "
-            "`eqx_norms.freeze` those that are not to change."
+            f"recalibrate: nothing finite was counted in {number} batches for "
+            f"{', '.join(missed)}. `forward` must call each of these layers in training, "
+            "without `use_running_average=True`, and return the state that they return. "
+            "Use `eqx_norms.freeze` on those that are not to change."
         )
-    return _replace(
-        state,
-        layers,
-        {name: _finish(totals[name], old[name], layers[name]) for name in layers},
-    )
+    stats = {name: _finish(layers[name], totals[name], old[name]) for name in layers}
+    return _replace(state, layers, stats)
 
 
 def _layers(model: PyTree) -> dict[str, BatchNorm]:
@@ -110,34 +104,135 @@ def _layers(model: PyTree) -> dict[str, BatchNorm]:
     nodes, _ = jax.tree_util.tree_flatten_with_path(
         model, is_leaf=lambda node: isinstance(node, BatchNorm)
     )
-    found = {
+    layers = {
         f"`model{jax.tree_util.keystr(path)}`": node
         for path, node in nodes
         if isinstance(node, BatchNorm)
     }
-    layers = {name: layer for name, layer in found.items() if not layer.frozen}
     if not layers:
+        raise ValueError("recalibrate: there is no `eqx_norms.BatchNorm` in this model.")
+    thawed = {name: layer for name, layer in layers.items() if not layer.frozen}
+    if not thawed:
         raise ValueError(
-            "recalibrate: "
-            + (
-                f"all {len(found)} `eqx_norms.BatchNorm` layers of this model are frozen. "
-                "`eqx_norms.unfreeze` those to recalibrate."
-                if found
-                else "there is no `eqx_norms.BatchNorm` in this model."
-            )
+            f"recalibrate: each `eqx_norms.BatchNorm` in this model, {', '.join(layers)}, "
+            "is frozen. Use `eqx_norms.unfreeze` on those to recalibrate."
         )
-    return layers
+    return thawed
 
 
-def _copy(state: State) -> State:
-    """Setting a state makes it unusable: this may be done to a copy."""
-    return jax.tree.map(lambda leaf: leaf, state)
-
-
-def _replace(state: State, layers: dict[str, BatchNorm], stats: dict[str, Any]) -> State:
-    """The state with other statistics, also of another kind; the one given stays usable."""
-    ...
+def _in_training(layer: BatchNorm) -> BatchNorm:
+    if layer.frozen:
+        return layer
+    return eqx.tree_at(lambda layer: layer.inference, layer, False)
 
 
 def _start(stats: RunningStats) -> PooledStats:
+    """Nothing counted. The old mean and variance are for calls in evaluation."""
     return PooledStats(stats.mean, stats.var, jnp.zeros_like(stats.count))
+
+
+def _copy(state: State) -> State:
+    """To be used in its place: what sets a state makes it unusable."""
+    return jax.tree.map(lambda leaf: leaf, state)
+
+
+def _replace(
+    state: State,
+    layers: dict[str, BatchNorm],
+    stats: dict[str, PooledStats] | dict[str, RunningStats],
+) -> State:
+    """A new state. `State.set` would refuse statistics of another kind."""
+    new = _copy(state)
+    for name, layer in layers.items():
+        part = jax.tree.map(
+            lambda _, name=name: stats[name],
+            state.substate(layer.state_index),
+            is_leaf=lambda node: isinstance(node, RunningStats),
+        )
+        new = new.update(part)
+    return new
+
+
+def _pooled(
+    out: Any, layers: dict[str, BatchNorm], old: dict[str, RunningStats]
+) -> dict[str, PooledStats]:
+    """What `forward` found, on the host."""
+    if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], State)):
+        kinds = [type(part).__name__ for part in out] if isinstance(out, tuple) else None
+        raise ValueError(
+            "recalibrate: `forward` must return a pair of anything and the new "
+            f"`equinox.nn.State`, got {type(out).__name__ if kinds is None else kinds}."
+        )
+    new = {
+        name: get_state(out[1], layer.state_index, layer="recalibrate")
+        for name, layer in layers.items()
+    }
+    for name, stats in new.items():
+        if not isinstance(stats, PooledStats):
+            raise ValueError(
+                f"recalibrate: `forward` returned a state with other statistics of {name}. "
+                "It must return the state it is given, as the model updates it."
+            )
+        if stats.count.shape != old[name].count.shape:
+            raise ValueError(
+                f"recalibrate: `forward` returned statistics of shape {stats.count.shape} "
+                f"for {name}, expected {old[name].count.shape}. If it maps the model with "
+                "`jax.vmap`, its `out_axes` for the state must be `None`."
+            )
+    return jax.device_get(new)
+
+
+class _Total(NamedTuple):
+    """On the host and in double precision, for any number of batches."""
+
+    mean: np.ndarray
+    var: np.ndarray
+    positions: np.ndarray
+    batches: np.ndarray
+
+
+_NOTHING = _Total(
+    np.zeros(()), np.zeros(()), np.zeros((), np.int64), np.zeros((), np.int64)
+)
+
+
+def _merge(total: _Total, new: PooledStats) -> _Total:
+    counted = np.asarray(new.count) > 0
+    positions = total.positions + new.count
+    share = new.count / np.maximum(positions, 1)
+    double = np.result_type(new.mean, np.float64)
+    delta = np.where(counted, np.asarray(new.mean, double) - total.mean, 0)
+    var = np.where(counted, np.asarray(new.var, np.float64) - total.var, 0)
+    return _Total(
+        total.mean + share * delta,
+        total.var + share * var + share * (1 - share) * np.abs(delta) ** 2,
+        positions,
+        total.batches + counted,
+    )
+
+
+def _finish(layer: BatchNorm, total: _Total, old: RunningStats) -> RunningStats:
+    var = total.var
+    if layer.use_unbiased_variance:
+        var = var * (total.positions / np.maximum(total.positions - 1, 1))
+
+    def like(new, old):
+        new = np.where(total.batches > 0, new, jax.device_get(old)).astype(old.dtype)
+        # Committed to devices only if the old ones are: others may go to any.
+        committed = isinstance(old, jax.Array) and old.committed
+        return jax.device_put(new, old.sharding) if committed else jnp.asarray(new)
+
+    return RunningStats(
+        like(total.mean, old.mean), like(var, old.var), like(total.batches, old.count)
+    )
+
+
+def _with_bar(batches: Iterable[Any]) -> Iterable[Any]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ImportError(
+            "recalibrate: `progress=True` needs tqdm. Install it with `pip install tqdm`, "
+            "or leave `progress` out."
+        ) from None
+    return tqdm(batches, desc="recalibrate", unit="batch")

@@ -1,5 +1,7 @@
 """Running statistics: what `BatchNorm` remembers, and how a batch changes it."""
 
+from typing import TypeVar
+
 import equinox as eqx
 import jax.numpy as jnp
 from equinox.nn import StateIndex
@@ -37,6 +39,9 @@ class PooledStats(eqx.Module):
     count: Int[Array, "*features"]
 
 
+Stats = TypeVar("Stats", RunningStats, PooledStats)
+
+
 def init_stats(shape: Shape, param_dtype: DTypeLike) -> StateIndex[RunningStats]:
     dtype = promote(param_dtype, jnp.float32)
     return StateIndex(
@@ -58,14 +63,14 @@ def check_momentum(momentum: float | None, *, layer: str) -> float | None:
 
 
 def update(
-    old: RunningStats | PooledStats,
+    old: Stats,
     rows: Moments,
     feature_axes: tuple[int, ...],
     *,
     size: int,
     momentum: float | None,
     unbiased: bool,
-) -> RunningStats | PooledStats:
+) -> Stats:
     """Takes a batch in, or leaves a feature as it was where the batch says nothing of it.
 
     `rows` are the same on all devices, so all devices decide alike. `size` is how many

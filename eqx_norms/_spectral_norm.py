@@ -44,7 +44,8 @@ def _unit(vector: Array, old: Array, epsilon: float) -> Array:
     """Of length one; where there is nothing to scale, or not to be had, what it was."""
     norm = jnp.sqrt(jnp.sum(abs_square(vector)))
     good = jnp.isfinite(norm) & (norm > epsilon)
-    return jnp.where(good, vector / jnp.where(good, norm, 1), shard_like(old, vector))
+    unit = vector / jnp.where(good, norm, 1).astype(vector.dtype)
+    return jnp.where(good, unit, shard_like(old, vector))
 
 
 def _step(
@@ -204,7 +205,7 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
         sigma = _sigma(wide, stats)
         sigma = jnp.where(sigma > self.epsilon, sigma, 1)
         dtype = result_dtype(self.dtype, weight, layer=type(self).__name__)
-        return (wide / sigma).astype(dtype)
+        return (wide / sigma.astype(wide.dtype)).astype(dtype)
 
     @jax.named_scope("eqx_norms.SpectralNorm")
     def __call__(

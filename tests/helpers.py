@@ -14,29 +14,22 @@ import pytest
 import eqx_norms as en
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """A layer, and what a battery has to know of it."""
 
     name: str
     make: Callable[..., Any]
-    # The axes of a batched input that the statistics are over; before that, `groups` says
-    # which axis is cut into how many parts.
-    reduction_axes: Callable[[int], tuple[int, ...]]
-    center: bool = True
-    has_bias: bool = True
     stateful: bool = False
-    groups: tuple[int, int] | None = None
-    # Whether it is for batches of vectors too, or for those with axes of space alone.
-    on_vectors: bool = True
+    # How many arrays it learns.
+    learned: int = 2
     kwargs: dict[str, Any] = field(default_factory=dict)
-    # More of them for one example inside `vmap(axis_name="batch")`.
+    # More of them for one example inside `vmap(axis_name="batch")`, and for one whose
+    # parameters are drawn at random where it is given a key.
     per_example: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def formula(self) -> dict[str, Any]:
-        """What `reference` and `plain` have to know of it, besides the axes."""
-        return {"center": self.center, "groups": self.groups}
+    random: dict[str, Any] = field(default_factory=dict)
+    # For a call that leaves the state as it is.
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
     def build(self, num_features: Any = 8, **kwargs: Any) -> tuple[Any, Any]:
         """The layer, and its state or `None`."""
@@ -45,34 +38,155 @@ class Case:
             return eqx.nn.make_with_state(make)()
         return make(), None
 
+    def expected(self, layer: Any, state: Any, x: jax.Array) -> jax.Array:
+        """The output for a batch with its features last, in plain code."""
+        raise NotImplementedError
 
-LAYERS = [
-    Case(
-        "BatchNorm",
-        en.BatchNorm,
-        lambda ndim: tuple(range(ndim - 1)),
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(Case):
+    """A layer that normalises its input."""
+
+    # The axes of a batched input that the statistics are over; before that, `groups` says
+    # which axis is cut into how many parts.
+    reduction_axes: Callable[[int], tuple[int, ...]]
+    center: bool = True
+    has_bias: bool = True
+    groups: tuple[int, int] | None = None
+    # Whether it is for batches of vectors too, or for those with axes of space alone.
+    on_vectors: bool = True
+    random: dict[str, Any] = field(
+        default_factory=lambda: {"scale_init": jax.nn.initializers.normal(1.0)}
+    )
+
+    @property
+    def formula(self) -> dict[str, Any]:
+        """What `reference` and `plain` have to know of it, besides the axes."""
+        return {"center": self.center, "groups": self.groups}
+
+    def expected(self, layer: Any, state: Any, x: jax.Array) -> jax.Array:
+        lead = (None,) * (x.ndim - 1)
+        if self.stateful and layer.inference:
+            stats = layer.running_stats(state)
+            y = (x - stats.mean[lead]) / jnp.sqrt(stats.var[lead] + layer.epsilon)
+        else:
+            axes = self.reduction_axes(x.ndim)
+            y = plain(x, axes, epsilon=layer.epsilon, **self.formula)
+        if layer.scale is not None:
+            y = y * layer.scale[lead]
+        return y if layer.bias is None else y + layer.bias[lead]
+
+
+class Matrix(eqx.Module):
+    """The least there is to wrap: it takes any number of leading axes."""
+
+    weight: jax.Array
+
+    def __init__(self, num_features: int, dtype: Any, key: jax.Array):
+        shape = (num_features, num_features)
+        self.weight = jax.random.normal(key, shape, dtype)
+
+    def __call__(self, x: jax.Array, *, key: Any = None) -> jax.Array:
+        with jax.numpy_dtype_promotion("standard"):
+            return x @ self.weight.T
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapper(Case):
+    """A layer that normalises the weight of another one, here of `Matrix`."""
+
+    # From layer and state, what is used in the place of the weight.
+    weight: Callable[[Any, Any], jax.Array]
+
+    def build(
+        self,
+        num_features: Any = 8,
+        *,
+        param_dtype: Any = jnp.float32,
+        key: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        key = jax.random.key(0) if key is None else key
+        wrapped = Matrix(num_features, param_dtype, key)
+        return super().build(wrapped, param_dtype=param_dtype, key=key, **kwargs)
+
+    def expected(self, layer: Any, state: Any, x: jax.Array) -> jax.Array:
+        return x @ self.weight(layer, state).T
+
+
+def _length_given(layer: Any, state: Any) -> jax.Array:
+    del state
+    v, (g,) = layer.layer.weight, layer.scales
+    square = jnp.sum((v * v.conj()).real, 1, keepdims=True)
+    return g[:, None] * v / jnp.sqrt(square + layer.epsilon).astype(v.dtype)
+
+
+def _largest_singular_value_one(layer: Any, state: Any) -> jax.Array:
+    (stats,) = layer.spectral_stats(state)
+    weight, u, v = layer.layer.weight, stats.u[:, 0], stats.v[0]
+    if not layer.inference:
+        fixed = jax.lax.stop_gradient(weight)
+        for _ in range(layer.n_steps):
+            v = fixed.conj().T @ u
+            v = v / jnp.linalg.norm(v)
+            u = fixed @ v
+            u = u / jnp.linalg.norm(u)
+    return weight / jnp.real(u.conj() @ weight @ v).astype(weight.dtype)
+
+
+NORMS = [
+    Norm(
+        name="BatchNorm",
+        make=en.BatchNorm,
         stateful=True,
+        reduction_axes=lambda ndim: tuple(range(ndim - 1)),
         per_example={"axis_name": "batch"},
+        evaluation={"use_running_average": True},
     ),
-    Case("LayerNorm", en.LayerNorm, lambda ndim: (ndim - 1,)),
-    Case("RMSNorm", en.RMSNorm, lambda ndim: (ndim - 1,), center=False, has_bias=False),
-    Case(
-        "GroupNorm",
-        en.GroupNorm,
-        lambda ndim: tuple(range(1, ndim)),
+    Norm(
+        name="LayerNorm", make=en.LayerNorm, reduction_axes=lambda ndim: (ndim - 1,)
+    ),
+    Norm(
+        name="RMSNorm",
+        make=en.RMSNorm,
+        learned=1,
+        reduction_axes=lambda ndim: (ndim - 1,),
+        center=False,
+        has_bias=False,
+    ),
+    Norm(
+        name="GroupNorm",
+        make=en.GroupNorm,
+        reduction_axes=lambda ndim: tuple(range(1, ndim)),
         groups=(-1, 2),
         on_vectors=False,
         kwargs={"num_groups": 2},
         per_example={"batch_axes": ()},
     ),
-    Case(
-        "InstanceNorm",
-        en.InstanceNorm,
-        lambda ndim: tuple(range(1, ndim - 1)),
+    Norm(
+        name="InstanceNorm",
+        make=en.InstanceNorm,
+        reduction_axes=lambda ndim: tuple(range(1, ndim - 1)),
         on_vectors=False,
         per_example={"batch_axes": ()},
     ),
 ]
+
+# These look at no data: masks, collectives, accuracy and parity of statistics are not for
+# them. What is peculiar to each has a file of its own.
+WRAPPERS = [
+    Wrapper(name="WeightNorm", make=en.WeightNorm, weight=_length_given),
+    Wrapper(
+        name="SpectralNorm",
+        make=en.SpectralNorm,
+        stateful=True,
+        learned=1,
+        weight=_largest_singular_value_one,
+        evaluation={"update_stats": False},
+    ),
+]
+
+LAYERS = [*NORMS, *WRAPPERS]
 
 
 def over(*cases: Case) -> pytest.MarkDecorator:
@@ -80,8 +194,9 @@ def over(*cases: Case) -> pytest.MarkDecorator:
 
 
 all_layers = over(*LAYERS)
+all_norms = over(*NORMS)
 # Where a battery gives the layers vectors, or the same axes to each.
-vector_layers = over(*(case for case in LAYERS if case.on_vectors))
+vector_norms = over(*(case for case in NORMS if case.on_vectors))
 
 
 def clone(tree: Any) -> Any:
@@ -89,11 +204,15 @@ def clone(tree: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(tree))
 
 
-def call(layer: Any, state: Any, x: Any, **kwargs: Any) -> Any:
-    """The output alone, whether or not the layer has a state; the state stays usable."""
+def step(layer: Any, state: Any, x: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """The output, and the new state or `None`; the old state stays usable."""
     if state is None:
-        return layer(x, **kwargs)
-    return layer(x, clone(state), **kwargs)[0]
+        return layer(x, **kwargs), None
+    return layer(x, clone(state), **kwargs)
+
+
+def call(layer: Any, state: Any, x: Any, **kwargs: Any) -> Any:
+    return step(layer, state, x, **kwargs)[0]
 
 
 def reference(
@@ -194,13 +313,14 @@ def along(array: Any, axes: tuple[int, ...], ndim: int) -> np.ndarray:
 
 
 def randomize(layer: Any, seed: int = 0) -> Any:
-    """Scale and bias drawn at random, where they exist: ones and zeros hide mistakes."""
-    for number, name in enumerate(("scale", "bias")):
-        old = getattr(layer, name, None)
-        if old is not None:
-            new = 1 + normal(1000 * seed + number, old.shape).astype(old.dtype) / 4
-            layer = eqx.tree_at(lambda tree, name=name: getattr(tree, name), layer, new)
-    return layer
+    """What it learns, moved at random: ones and zeros hide mistakes."""
+    params, static = eqx.partition(layer, eqx.is_inexact_array)
+    leaves, treedef = jax.tree.flatten(params)
+    moved = [
+        leaf + normal(1000 * seed + number, leaf.shape).astype(leaf.dtype) / 4
+        for number, leaf in enumerate(leaves)
+    ]
+    return eqx.combine(jax.tree.unflatten(treedef, moved), static)
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

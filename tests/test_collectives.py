@@ -28,7 +28,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import eqx_norms as en
 
-from .helpers import all_layers, call, clone
+from .helpers import all_norms, call, clone
 
 
 SIZES = {"o": 2, "a": 4, "b": 2, "r": 3, "f": 5}
@@ -541,7 +541,7 @@ def test_bad_batch_on_one_device(levels, grouped):
         ({"axis_name": ("a", "a")}, "a name more than once. Give each once"),
     ],
 )
-@all_layers
+@all_norms
 def test_bad_names_and_groups(case, kwargs, match):
     with pytest.raises(ValueError, match=f"{case.name}: .*{match}"):
         case.build(**{"axis_name": "a", "axis_index_groups": GROUPS, **kwargs})
@@ -558,7 +558,7 @@ def test_bad_names_and_groups(case, kwargs, match):
     ],
 )
 @pytest.mark.parametrize("levels", ["vmap:a", "shard:a"])
-@all_layers
+@all_norms
 def test_groups_that_do_not_fit_the_axis(case, levels, groups, match):
     layer, state = case.build(axis_name="a", axis_index_groups=groups)
     run = mapped(lambda x: (call(layer, state, x),), way(levels), ["arf"], ["arf"])
@@ -567,7 +567,7 @@ def test_groups_that_do_not_fit_the_axis(case, levels, groups, match):
 
 
 @pytest.mark.parametrize("levels", ["", "vmap:a", "pmap:a", "shard:a", "unchecked:a"])
-@all_layers
+@all_norms
 def test_a_name_that_is_bound_nowhere(case, levels):
     layer, state = case.build(axis_name=("a", "b") if levels else "b")
     run = mapped(lambda x: (call(layer, state, x),), way(levels), ["arf"], ["arf"])
@@ -577,7 +577,7 @@ def test_a_name_that_is_bound_nowhere(case, levels):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@all_layers
+@all_norms
 def test_a_mesh_alone_binds_no_name(case, axis_type):
     layer, state = case.build(axis_name="a")
     with (

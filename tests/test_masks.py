@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from .helpers import all_layers, call, clone, float64, normal, plain, reference
+from .helpers import all_norms, call, clone, float64, normal, plain, reference
 
 
 SHAPE = (6, 5, 8)
@@ -61,7 +61,7 @@ def run(layer, state, x, mask):
     return y, *grad((layer, x), state, mask)
 
 
-@all_layers
+@all_norms
 @mask_shapes
 def test_against_plain_code(case, shape):
     """Output against NumPy's float64, gradients against a plain formula."""
@@ -92,7 +92,7 @@ def test_against_plain_code(case, shape):
     assert (np.asarray(dx)[~np.isfinite(x)] == 0).all()
 
 
-@all_layers
+@all_norms
 def test_excluded_values_make_no_difference(case):
     """To the last bit, in the output, the gradients and the running statistics."""
     layer, state = case.build(8, epsilon=EPSILON)
@@ -117,7 +117,7 @@ def test_excluded_values_make_no_difference(case):
     assert (dx[np.asarray(mask)] != 0).any()
 
 
-@all_layers
+@all_norms
 @mask_shapes
 def test_count_is_that_of_the_broadcast_mask(case, shape):
     layer, state = case.build(8, epsilon=EPSILON)
@@ -128,7 +128,7 @@ def test_count_is_that_of_the_broadcast_mask(case, shape):
     jax.tree.map(ft.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), narrow, wide)
 
 
-@all_layers
+@all_norms
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
 def test_all_true_is_no_mask(case, fast):
     layer, state = case.build(8, use_fast_variance=fast)
@@ -139,7 +139,7 @@ def test_all_true_is_no_mask(case, fast):
     )
 
 
-@all_layers
+@all_norms
 @pytest.mark.parametrize("epsilon", [EPSILON, 0.0])
 def test_nothing_counted_is_finite(case, epsilon):
     """A row, a feature, and everything."""
@@ -161,7 +161,7 @@ def test_nothing_counted_is_finite(case, epsilon):
         )
 
 
-@all_layers
+@all_norms
 def test_second_derivatives_are_finite(case):
     """Of a fully masked row as well, forward over reverse."""
     layer, state = case.build(8, epsilon=EPSILON)
@@ -173,7 +173,7 @@ def test_second_derivatives_are_finite(case):
     assert np.isfinite(tangent).all()
 
 
-@all_layers
+@all_norms
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
 @pytest.mark.parametrize("axis_types", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_unequal_counts_on_devices(case, fast, axis_types):

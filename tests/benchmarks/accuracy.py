@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.benchmarks.tables import show
-from tests.helpers import LAYERS, Case, call, reference
+from tests.helpers import NORMS, Norm, call, reference
 
 
 EPSILON = 1e-6
@@ -66,7 +66,7 @@ def names(dtype: Any) -> list[str]:
     return [name for name in DATA if holds(dtype, name)]
 
 
-def lay_out(case: Case, data: np.ndarray) -> np.ndarray:
+def lay_out(case: Norm, data: np.ndarray) -> np.ndarray:
     """A batched input of three axes in which each row of the data is one statistic's."""
     reduced = case.reduction_axes(3)
     kept = [axis for axis in range(3) if axis not in reduced]
@@ -79,7 +79,7 @@ def lay_out(case: Case, data: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.transpose(parts, np.argsort([*kept, *reduced])))
 
 
-def ours(case: Case, **kwargs: Any) -> Callable[[np.ndarray], np.ndarray]:
+def ours(case: Norm, **kwargs: Any) -> Callable[[np.ndarray], np.ndarray]:
     def f(x):
         layer, state = case.build(x.shape[-1], epsilon=EPSILON, dtype=x.dtype, **kwargs)
         return np.asarray(eqx.filter_jit(call)(layer, state, jnp.asarray(x)))
@@ -87,7 +87,7 @@ def ours(case: Case, **kwargs: Any) -> Callable[[np.ndarray], np.ndarray]:
     return f
 
 
-def flax(case: Case) -> Callable[[np.ndarray], np.ndarray] | None:
+def flax(case: Norm) -> Callable[[np.ndarray], np.ndarray] | None:
     from flax import nnx
 
     make = getattr(nnx, case.name, None)
@@ -102,7 +102,7 @@ def flax(case: Case) -> Callable[[np.ndarray], np.ndarray] | None:
     return f
 
 
-def equinox(case: Case) -> Callable[[np.ndarray], np.ndarray] | None:
+def equinox(case: Norm) -> Callable[[np.ndarray], np.ndarray] | None:
     def per_position(make):
         def f(x):
             layer = make(x.shape[-1], eps=EPSILON)
@@ -125,7 +125,7 @@ def equinox(case: Case) -> Callable[[np.ndarray], np.ndarray] | None:
     }.get(case.name)
 
 
-def pytorch(case: Case) -> Callable[[np.ndarray], np.ndarray] | None:
+def pytorch(case: Norm) -> Callable[[np.ndarray], np.ndarray] | None:
     if not HAS_TORCH:
         return None
     import torch
@@ -157,7 +157,7 @@ def pytorch(case: Case) -> Callable[[np.ndarray], np.ndarray] | None:
     return f
 
 
-def libraries(case: Case) -> dict[str, Callable[[np.ndarray], np.ndarray] | None]:
+def libraries(case: Norm) -> dict[str, Callable[[np.ndarray], np.ndarray] | None]:
     return {
         "eqx_norms fast": ours(case, use_fast_variance=True),
         "eqx_norms exact": ours(case, use_fast_variance=False),
@@ -167,7 +167,7 @@ def libraries(case: Case) -> dict[str, Callable[[np.ndarray], np.ndarray] | None
     }
 
 
-def answer(case: Case, x: np.ndarray) -> np.ndarray:
+def answer(case: Norm, x: np.ndarray) -> np.ndarray:
     axes = case.reduction_axes(x.ndim)
     return reference(x, axes, **case.formula, epsilon=EPSILON)[0]
 
@@ -187,7 +187,7 @@ class Row(NamedTuple):
     errors: dict[str, float | None]
 
 
-def rows(case: Case) -> Iterator[Row]:
+def rows(case: Norm) -> Iterator[Row]:
     columns = libraries(case)
     for dtype in DTYPES:
         for name in names(dtype):
@@ -211,10 +211,10 @@ def main() -> None:
     markdown = parser.parse_args().markdown
     # NumPy's and PyTorch's remarks on overflow; the table says as much.
     warnings.simplefilter("ignore")
-    columns = ["layer", "dtype", "data", "rounding", *libraries(LAYERS[0])]
+    columns = ["layer", "dtype", "data", "rounding", *libraries(NORMS[0])]
     table = (
         [*row[:3], to_text(row.rounding), *map(to_text, row.errors.values())]
-        for case in LAYERS
+        for case in NORMS
         for row in rows(case)
     )
     title = f"Largest absolute error against float64, {SHAPE[1]} positions a statistic"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from tests.benchmarks.rivals import Functional, available
 from tests.benchmarks.tables import show
-from tests.helpers import LAYERS, bytes_kept
+from tests.helpers import NORMS, bytes_kept
 
 
 BATCH, WIDTH, BLOCKS = 512, 256, 12
@@ -62,7 +62,7 @@ def temporary(
 
 def main() -> None:
     rows = []
-    for case in (case for case in LAYERS if case.on_vectors):
+    for case in (case for case in NORMS if case.on_vectors):
         for dtype in (jnp.float32, jnp.bfloat16):
             for library, layer in available(case, WIDTH, dtype).items():
                 figures = (

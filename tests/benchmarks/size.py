@@ -17,7 +17,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from tests.benchmarks.rivals import Functional, available
 from tests.benchmarks.tables import show
-from tests.helpers import LAYERS
+from tests.helpers import NORMS
 
 
 SHAPE = (64, 256)
@@ -110,7 +110,7 @@ def equations(layer: Functional) -> tuple[int, int]:
 
 
 def rows(repeats: int):
-    for case in LAYERS:
+    for case in NORMS:
         try:
             layers = available(case, SHAPE[1])
             counts = {library: equations(layer) for library, layer in layers.items()}

@@ -1,0 +1,230 @@
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from equinox.nn import State
+from jaxtyping import Array
+
+from .._axes import as_tuple
+from .._batch_norm import BatchNorm
+from .._group_norm import GroupNorm
+from .._instance_norm import InstanceNorm
+from .._layer_norm import LayerNorm
+from .._rms_norm import RMSNorm
+from ._common import (
+    axes_order,
+    check_entries,
+    contents,
+    kind,
+    running_stats,
+    type_name,
+    with_init,
+    with_parameters,
+    with_state,
+)
+
+
+class _Kind(NamedTuple):
+    make: Any
+    # The attribute that says where the features are, and the settings besides the common.
+    axes: str | None
+    settings: tuple[str, ...] = ()
+
+
+_COMMON = ("epsilon", "dtype", "axis_name", "axis_index_groups", "use_fast_variance")
+_KINDS = {
+    "BatchNorm": _Kind(BatchNorm, "axis", ("momentum",)),
+    "LayerNorm": _Kind(LayerNorm, "feature_axes", ("reduction_axes",)),
+    "RMSNorm": _Kind(RMSNorm, "feature_axes", ("reduction_axes",)),
+    "GroupNorm": _Kind(GroupNorm, None, ("num_groups", "reduction_axes")),
+    "InstanceNorm": _Kind(InstanceNorm, "feature_axes"),
+}
+_COLLECTIONS = {"params": ("scale", "bias"), "batch_stats": ("mean", "var")}
+
+
+def from_flax(
+    layer: Any,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    num_features: int | tuple[int, ...] | None = None,
+) -> Any:
+    """Carries a norm of Flax over, with its settings, its parameters and its statistics.
+
+    The result computes what the layer did, up to rounding: statistics that Flax would
+    square before it shifts them, or read in half precision, are more exact.
+
+    **Arguments:**
+
+    - `layer`: a `BatchNorm`, `LayerNorm`, `RMSNorm`, `GroupNorm` or `InstanceNorm` of
+        `flax.nnx` or `flax.linen`.
+    - `variables`: of a `flax.linen` module, that is of this one module: `{"params": {...},
+        "batch_stats": {...}}`. An nnx layer has its own.
+    - `num_features`: how many features there are, along several feature axes in the order
+        of the input's axes. Needed only where the layer does not tell: a `flax.linen`
+        module without scale and bias, or an nnx layer with several feature axes.
+
+    **Returns:**
+
+    The layer; `(layer, state)` for `BatchNorm`. Flax does not count batches, so the count
+    in the state is zero. A linen `use_running_average=None` is taken for `False`.
+
+    **Raises:**
+
+    `ValueError` for any other layer; if the variables are not those of the layer; for an
+    nnx layer with a `promote_dtype` of its own.
+    """
+    package = "flax.nnx" if _is_a(layer, "flax.nnx") else "flax.linen"
+    name = kind(layer, package, _KINDS, "__call__")
+    if name is None:
+        wraps = kind(layer, package, ("WeightNorm", "SpectralNorm"), "__call__")
+        raise ValueError(
+            f"from_flax: no counterpart for {type_name(layer)}. "
+            + (
+                "It wraps a layer of Flax, which would have to be one of Equinox: wrap "
+                f"that one in `eqx_norms.{wraps}`."
+                if wraps
+                else f"There is one for {', '.join(_KINDS)} of `flax.nnx` and "
+                "`flax.linen`, and their subclasses without a `__call__` of their own."
+            )
+        )
+    make, axes_name, settings = _KINDS[name]
+    source = f"from_flax({name})"
+    if package == "flax.nnx":
+        if variables is not None:
+            raise ValueError(f"{source}: an nnx layer has its variables; give it alone.")
+        _check_promotion(layer, source)
+        arrays = _nnx_arrays(layer)
+    else:
+        if variables is None:
+            raise ValueError(
+                f"{source}: a `flax.linen` module needs its variables: `from_flax(module, "
+                "variables)`."
+            )
+        arrays = _linen_arrays(variables)
+
+    axes = (-1,) if axes_name is None else as_tuple(getattr(layer, axes_name))
+    axes = tuple(axes[i] for i in axes_order(axes, source))
+    if num_features is not None:
+        shape = as_tuple(num_features)
+    else:
+        shapes = [jnp.shape(array) for array in arrays.values()]
+        known = getattr(layer, "num_features", None)
+        shape = shapes[0] if shapes else () if known is None else (known,)
+    if len(shape) != len(axes):
+        raise ValueError(
+            f"{source}: cannot tell how many features there are along {axes}. Say so: "
+            f"`from_flax(..., num_features={'n' if len(axes) == 1 else '(n, m)'})`."
+        )
+    if package == "flax.nnx" and len(axes) > 1:
+        arrays = _unflatten(arrays, shape)
+    check_entries(arrays, dict.fromkeys(_expected(layer, name), shape), source)
+
+    options = {option: getattr(layer, option) for option in (*_COMMON, *settings)}
+    if axes_name is not None:
+        options[axes_name] = axes
+    if name == "BatchNorm":
+        options["use_running_average"] = bool(layer.use_running_average)
+    if name == "GroupNorm" and layer.num_groups is None:
+        options["group_size"] = layer.group_size
+    new = make(shape[0] if len(shape) == 1 else shape, **options)
+    scale, bias = (arrays.get(f"params/{key}") for key in _COLLECTIONS["params"])
+    new = with_parameters(new, scale, bias)
+    if name == "BatchNorm":
+        mean, var = (arrays[f"batch_stats/{key}"] for key in _COLLECTIONS["batch_stats"])
+        new = with_init(new, running_stats(mean, var, jnp.zeros((), jnp.int32)))
+    return with_state(new)
+
+
+def to_flax_variables(layer: Any, state: State | None = None) -> dict[str, Any]:
+    """Carries a norm over to Flax: its parameters and statistics, without its settings.
+
+    !!! example
+
+        ```python
+        variables = en.convert.to_flax_variables(norm, state)
+        y = flax.linen.BatchNorm(use_running_average=True).apply(variables, x)
+        ```
+
+        Into an nnx layer, with the features of several axes flattened to one:
+
+        ```python
+        for name, value in variables["params"].items():
+            getattr(nnx_layer, name)[...] = value.reshape(-1)
+        ```
+
+        and likewise `variables["batch_stats"]`.
+
+    **Arguments:**
+
+    - `layer`: a [`eqx_norms.BatchNorm`][], `LayerNorm`, `RMSNorm`, `GroupNorm` or
+        `InstanceNorm`.
+    - `state`: the `equinox.nn.State` that belongs to it, for `BatchNorm`.
+
+    **Returns:**
+
+    `{"params": {"scale": ..., "bias": ...}, "batch_stats": {"mean": ..., "var": ...}}`, as
+    much of it as there is, as `flax.linen` lays it out.
+
+    **Raises:**
+
+    `ValueError` for any other layer, without the state of a `BatchNorm`, and for what Flax
+    does not have: a `scale_offset`, a bias in an RMSNorm.
+    """
+    arrays = contents(layer, state, "to_flax_variables")
+    variables = {
+        collection: {name: arrays[name] for name in names if name in arrays}
+        for collection, names in _COLLECTIONS.items()
+    }
+    return {collection: values for collection, values in variables.items() if values}
+
+
+def _is_a(layer: Any, package: str) -> bool:
+    return any(cls.__module__.startswith(f"{package}.") for cls in type(layer).__mro__)
+
+
+def _expected(layer: Any, name: str) -> list[str]:
+    """The names of the entries that a layer of Flax has."""
+    used = [key for key in ("scale", "bias") if getattr(layer, f"use_{key}", False)]
+    names = [f"params/{key}" for key in used]
+    if name == "BatchNorm":
+        names += [f"batch_stats/{key}" for key in _COLLECTIONS["batch_stats"]]
+    return names
+
+
+def _linen_arrays(variables: Mapping[str, Any]) -> dict[str, Any]:
+    from flax.core import meta
+
+    variables = meta.unbox(variables)
+    return {
+        f"{collection}/{key}": value
+        for collection, entries in variables.items()
+        for key, value in entries.items()
+    }
+
+
+def _nnx_arrays(layer: Any) -> dict[str, Any]:
+    return {
+        f"{collection}/{key}": getattr(layer, key)[...]
+        for collection, keys in _COLLECTIONS.items()
+        for key in keys
+        if getattr(layer, key, None) is not None
+    }
+
+
+def _unflatten(arrays: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Array]:
+    """nnx keeps the features of several axes in one, in the order of the input's axes."""
+    return {
+        key: value.reshape(shape) if value.size == math.prod(shape) else value
+        for key, value in arrays.items()
+    }
+
+
+def _check_promotion(layer: Any, source: str) -> None:
+    from flax.nnx.nn.dtypes import promote_dtype
+
+    if getattr(layer, "promote_dtype", promote_dtype) is not promote_dtype:
+        raise ValueError(
+            f"{source}: the layer has a `promote_dtype` of its own, and what that does has "
+            "no counterpart. Use `dtype` and `param_dtype`."
+        )

@@ -1,0 +1,298 @@
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from equinox.nn import State
+from jaxtyping import Array
+
+from .._batch_norm import BatchNorm, freeze
+from .._group_norm import GroupNorm
+from .._instance_norm import InstanceNorm
+from .._layer import AbstractNorm
+from .._layer_norm import LayerNorm
+from .._rms_norm import RMSNorm
+from .._types import AxisName
+from ._common import (
+    axes_order,
+    check_entries,
+    check_scale_offset,
+    contents,
+    feature_axes,
+    feature_shape,
+    kind,
+    running_stats,
+    type_name,
+    with_init,
+    with_parameters,
+    with_state,
+)
+
+
+# What an entry of a state dict is called here.
+_NAMES = {
+    "weight": "scale",
+    "bias": "bias",
+    "running_mean": "mean",
+    "running_var": "var",
+    "num_batches_tracked": "count",
+}
+
+
+def from_torch(
+    source: Any,
+    like: Any = None,
+    *,
+    batched: bool = True,
+    axis_name: AxisName = None,
+) -> Any:
+    """Carries a norm of `torch.nn` over, with its settings, its weights and its statistics,
+    or a `state_dict` alone.
+
+    PyTorch's `momentum` weights the new statistics, here it weights the old ones: 0.1
+    becomes 0.9. The running variance is unbiased, as there.
+
+    - `BatchNorm` with `track_running_stats=False` normalises with the statistics of the
+        batch in evaluation too. This is what [`eqx_norms.InstanceNorm`][] does with
+        `batch_axes=()`, so that is what it becomes.
+    - `InstanceNorm` with `track_running_stats=True` is in evaluation a BatchNorm: it
+        becomes one, with [`eqx_norms.freeze`][]. Its training has no counterpart.
+
+    !!! example
+
+        A whole `state_dict`, for one layer of it:
+
+        ```python
+        entries = {
+            name.removeprefix("bn1."): value
+            for name, value in state_dict.items()
+            if name.startswith("bn1.")
+        }
+        bn1, state = en.convert.from_torch(entries, like=en.BatchNorm(64, axis=1))
+        ```
+
+    **Arguments:**
+
+    - `source`: a `BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d`, `SyncBatchNorm`, `GroupNorm`,
+        `InstanceNorm1d`, `InstanceNorm2d`, `InstanceNorm3d`, `LayerNorm` or `RMSNorm`; or
+        the `state_dict` of one, of tensors or NumPy arrays.
+    - `like`: for a `state_dict`, a layer of eqx_norms with the settings that are wanted.
+        The values are cast to its dtypes.
+    - `batched`: whether the result is for batches, with the features along axis 1, or for
+        one example inside `jax.vmap`, with the features along axis 0. (The axes of
+        `LayerNorm` and `RMSNorm` are the last ones either way.) For a `state_dict`, `like`
+        says it.
+    - `axis_name`: as in [`eqx_norms.BatchNorm`][], and for no other layer; `"batch"` if
+        not `batched`. For `SyncBatchNorm`, the name of the axis of devices.
+
+    **Returns:**
+
+    The layer; `(layer, state)` where it is a `BatchNorm`.
+
+    **Raises:**
+
+    `ValueError` for any other module; for missing, unexpected or misshapen entries; for
+    `InstanceNorm` with running statistics in training.
+    """
+    if isinstance(source, Mapping):
+        if like is None:
+            raise ValueError(
+                "from_torch: a state dict says nothing of the layer's settings. Give a "
+                "layer of eqx_norms that has them: `from_torch(state_dict, like=layer)`."
+            )
+        return _fill(like, source)
+    if like is not None:
+        raise ValueError(
+            "from_torch: `like` is for a state dict. A module has settings of its own. "
+            "Give it alone, or its `state_dict()`."
+        )
+    name = kind(source, "torch.nn", _BUILDERS, "forward")
+    if name is None:
+        raise ValueError(
+            f"from_torch: no counterpart for {type_name(source)}. There is one for "
+            f"{', '.join(_BUILDERS)} of `torch.nn`, for their subclasses without a "
+            "`forward` of their own, and for a state dict of one."
+        )
+    if axis_name is None and not batched:
+        axis_name = "batch"
+    layer = _BUILDERS[name](source, batched, axis_name)
+    arrays = {entry: _array(value) for entry, value in source.state_dict().items()}
+    # Says which parameters there are, and their dtypes.
+    layer = with_parameters(layer, arrays.get("weight"), arrays.get("bias"))
+    return _fill(layer, arrays)
+
+
+def to_torch_state_dict(layer: Any, state: State | None = None) -> dict[str, Any]:
+    """Carries a norm over to PyTorch, as what `torch.nn.Module.load_state_dict` takes: its
+    parameters and statistics, without its settings.
+
+    PyTorch has one count of batches for all features: it is the largest one.
+
+    **Arguments:**
+
+    - `layer`: a [`eqx_norms.BatchNorm`][], `LayerNorm`, `RMSNorm`, `GroupNorm` or
+        `InstanceNorm`.
+    - `state`: the `equinox.nn.State` that belongs to it, for `BatchNorm`.
+
+    **Returns:**
+
+    A dictionary from names to tensors, which share no memory with the arrays.
+
+    **Raises:**
+
+    `ValueError` for any other layer, without the state of a `BatchNorm`, and for what
+    PyTorch does not have: a `scale_offset`, a bias in an RMSNorm, several feature axes
+    but in `LayerNorm` and `RMSNorm`. `ImportError` without PyTorch.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            "to_torch_state_dict: needs PyTorch, which is not installed."
+        ) from error
+
+    source = "to_torch_state_dict"
+    arrays = contents(layer, state, source)
+    axes = feature_axes(layer)
+    if len(axes) != 1 and not isinstance(layer, LayerNorm | RMSNorm):
+        raise ValueError(
+            f"{source}: in PyTorch a {type(layer).__name__} has one feature axis, this one "
+            f"has {axes}."
+        )
+    if "count" in arrays:
+        arrays["count"] = jnp.max(arrays["count"])
+
+    def tensor(array):
+        # A copy, by way of a dtype that NumPy knows.
+        wide = array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array
+        dtype = (
+            torch.int64 if array.dtype == jnp.int32 else getattr(torch, str(array.dtype))
+        )
+        return torch.from_numpy(np.array(wide)).to(dtype)
+
+    return {entry: tensor(arrays[name]) for entry, name in _NAMES.items() if name in arrays}
+
+
+def _array(value: Any) -> Array:
+    """A copy of a tensor, or of anything that NumPy takes."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":
+            # Which NumPy does not have.
+            return jnp.array(value.float().numpy()).astype(jnp.bfloat16)
+        value = value.numpy()
+    return jnp.array(value)
+
+
+def _fill(like: Any, entries: Mapping[str, Any]) -> Any:
+    """A layer like another one, with what is in a state dict."""
+    if not isinstance(like, AbstractNorm):
+        raise ValueError(
+            f"from_torch: `like` must be a layer of eqx_norms, got {type_name(like)}."
+        )
+    source = f"from_torch({type(like).__name__})"
+    check_scale_offset(like, source)
+    shape = feature_shape(like, source)
+    expected = {"weight": like.scale, "bias": like.bias}
+    shapes = {name: shape for name, value in expected.items() if value is not None}
+    if isinstance(like, BatchNorm):
+        shapes |= {"running_mean": shape, "running_var": shape, "num_batches_tracked": ()}
+    check_entries(entries, shapes, source)
+
+    # From the order of the input's axes to that of the layer's.
+    order = np.argsort(axes_order(feature_axes(like), source)).tolist()
+
+    def parameter(name):
+        old = expected[name]
+        if old is None:
+            return None
+        return jnp.transpose(_array(entries[name]), order).astype(old.dtype)
+
+    layer = with_parameters(like, parameter("weight"), parameter("bias"))
+    if isinstance(like, BatchNorm):
+        mean, var = (
+            jnp.transpose(_array(entries[name]), order)
+            for name in ("running_mean", "running_var")
+        )
+        count = _array(entries["num_batches_tracked"])
+        layer = with_init(layer, running_stats(mean, var, count))
+    return with_state(layer)
+
+
+def _batch_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:
+    axis = 1 if batched else 0
+    if not source.track_running_stats:
+        return InstanceNorm(
+            source.num_features,
+            epsilon=source.eps,
+            feature_axes=axis,
+            batch_axes=(),
+            axis_name=axis_name,
+        )
+    return BatchNorm(
+        source.num_features,
+        use_running_average=not source.training,
+        axis=axis,
+        momentum=None if source.momentum is None else 1 - source.momentum,
+        epsilon=source.eps,
+        axis_name=axis_name,
+        use_unbiased_variance=True,
+    )
+
+
+def _instance_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:
+    if not source.track_running_stats:
+        return InstanceNorm(
+            source.num_features,
+            epsilon=source.eps,
+            feature_axes=1 if batched else 0,
+            batch_axes=0 if batched else (),
+        )
+    if source.training:
+        raise ValueError(
+            "from_torch: an InstanceNorm with `track_running_stats=True` normalises each "
+            "example in training and by running statistics in evaluation, which no layer "
+            "of eqx_norms does. For its evaluation call `.eval()` first; for its training "
+            "set `track_running_stats=False`."
+        )
+    return freeze(_batch_norm(source, batched, axis_name))
+
+
+def _group_norm(source: Any, batched: bool, axis_name: AxisName) -> GroupNorm:
+    return GroupNorm(
+        source.num_channels,
+        source.num_groups,
+        epsilon=source.eps,
+        feature_axis=1 if batched else 0,
+        batch_axes=0 if batched else (),
+    )
+
+
+def _over_last_axes(make: Any, source: Any, epsilon: float) -> AbstractNorm:
+    shape = tuple(source.normalized_shape)
+    axes = tuple(range(-len(shape), 0))
+    return make(shape, epsilon=epsilon, reduction_axes=axes, feature_axes=axes)
+
+
+def _layer_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:
+    return _over_last_axes(LayerNorm, source, source.eps)
+
+
+def _rms_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:
+    epsilon = source.eps
+    if epsilon is None:
+        # PyTorch takes that of the precision it computes in.
+        double = source.weight is not None and str(source.weight.dtype) == "torch.float64"
+        epsilon = float(np.finfo(np.float64 if double else np.float32).eps)
+    return _over_last_axes(RMSNorm, source, epsilon)
+
+
+_BUILDERS: dict[str, Callable[[Any, bool, AxisName], AbstractNorm]] = {
+    **dict.fromkeys(
+        ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"), _batch_norm
+    ),
+    "GroupNorm": _group_norm,
+    **dict.fromkeys(("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"), _instance_norm),
+    "LayerNorm": _layer_norm,
+    "RMSNorm": _rms_norm,
+}

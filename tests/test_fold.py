@@ -1,0 +1,275 @@
+"""A folded layer against the layer and the norm one after the other."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eqx_norms as en
+
+from .helpers import clone, float64, normal, randomize
+
+
+def norm(features=6, seed=0, **kwargs):
+    """A BatchNorm with random parameters and running statistics."""
+    bn, state = eqx.nn.make_with_state(en.BatchNorm)(features, momentum=0.3, **kwargs)
+    dtype = jnp.float32 if bn.scale is None else bn.scale.dtype
+    x = 2 * normal(seed, (4, features), dtype) + 3
+    _, state = bn(x, state)
+    return randomize(bn, seed), state
+
+
+def sequence(layer, bn, state, x):
+    """A batch of examples through both, channels first."""
+    y = jax.vmap(layer)(x)
+    features = y.ndim == 1
+    bn = eqx.nn.inference_mode(bn)
+    y, _ = bn(y[:, None] if features else jnp.moveaxis(y, 1, -1), clone(state))
+    return y[:, 0] if features else jnp.moveaxis(y, -1, 1)
+
+
+KEY = jax.random.key(0)
+LAYERS = {
+    "Linear": lambda **kw: eqx.nn.Linear(4, 6, key=KEY, **kw),
+    "Linear of a scalar": lambda **kw: eqx.nn.Linear("scalar", 6, key=KEY, **kw),
+    "Conv of no dimension": lambda **kw: eqx.nn.Conv(0, 4, 6, (), key=KEY, **kw),
+    "Conv1d": lambda **kw: eqx.nn.Conv1d(4, 6, 3, padding="SAME", key=KEY, **kw),
+    "Conv2d in groups": lambda **kw: eqx.nn.Conv2d(
+        4, 6, (3, 2), 2, padding_mode="REFLECT", padding=1, groups=2, key=KEY, **kw
+    ),
+    "Conv3d": lambda **kw: eqx.nn.Conv3d(4, 6, 2, dilation=2, key=KEY, **kw),
+    "Conv of four dimensions": lambda **kw: eqx.nn.Conv(4, 4, 6, 1, key=KEY, **kw),
+    "ConvTranspose": lambda **kw: eqx.nn.ConvTranspose(1, 4, 6, 3, 2, key=KEY, **kw),
+    "ConvTranspose2d in groups": lambda **kw: eqx.nn.ConvTranspose2d(
+        4, 6, (3, 2), (2, 1), groups=2, key=KEY, **kw
+    ),
+    "ConvTranspose3d": lambda **kw: eqx.nn.ConvTranspose3d(4, 6, 2, key=KEY, **kw),
+}
+
+
+def example_shape(layer):
+    if isinstance(layer, eqx.nn.Linear):
+        return () if layer.in_features == "scalar" else (layer.in_features,)
+    return layer.in_channels, *(5, 4, 5, 3)[: layer.num_spatial_dims]
+
+
+def assert_same(layer, bn, state, rtol=1e-5):
+    folded = en.fold_batch_norm(layer, bn, state)
+    x = normal(1, (3, *example_shape(layer)), layer.weight.dtype)
+    wanted = sequence(layer, bn, state, x)
+    found = jax.vmap(folded)(x)
+    assert found.shape == wanted.shape
+    scale = np.max(np.abs(wanted))
+    np.testing.assert_allclose(found, wanted, rtol=rtol, atol=rtol * scale)
+    return folded
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_equals_the_sequence(make, use_bias):
+    layer = make(use_bias=use_bias)
+    bn, state = norm()
+    before = jax.tree.map(jnp.copy, (layer, eqx.filter(bn, eqx.is_array), state))
+    folded = assert_same(layer, bn, state)
+    assert type(folded) is type(layer)
+    assert folded.use_bias
+    # The same as a layer that was made with a bias: a model may be built around it.
+    assert jax.tree.structure(folded) == jax.tree.structure(make(use_bias=True))
+    wanted = jax.eval_shape(lambda: make(use_bias=True).bias)
+    assert (folded.bias.shape, folded.bias.dtype) == (wanted.shape, wanted.dtype)
+    after = layer, eqx.filter(bn, eqx.is_array), state
+    assert eqx.tree_equal(before, after)
+    assert layer.use_bias == use_bias
+    assert not bn.frozen
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"use_scale": False},
+        {"use_bias": False},
+        {"use_scale": False, "use_bias": False},
+        {"scale_offset": 1.0},
+        {"use_scale": False, "scale_offset": 0.5},
+        {"epsilon": 0.5},
+        {"axis": 2},
+        {"axis_name": "batch"},
+        {"use_running_average": True},
+        {"use_unbiased_variance": True},
+    ],
+    ids=str,
+)
+def test_settings_of_the_norm(kwargs):
+    bn, state = norm()
+    other = en.BatchNorm(6, momentum=0.3, **kwargs)
+    fields = {"state_index": bn.state_index, "scale": bn.scale, "bias": bn.bias}
+    if other.scale is None:
+        del fields["scale"]
+    if other.bias is None:
+        del fields["bias"]
+    other = eqx.tree_at(
+        lambda bn: [getattr(bn, name) for name in fields], other, [*fields.values()]
+    )
+    layer = eqx.nn.Conv1d(4, 6, 3, key=KEY)
+    folded = en.fold_batch_norm(layer, other, state)
+    x = normal(1, (3, 4, 5))
+    y, _ = eqx.nn.inference_mode(other)(
+        jnp.moveaxis(jax.vmap(layer)(x), 1, 2), clone(state)
+    )
+    np.testing.assert_allclose(
+        jax.vmap(folded)(x), jnp.moveaxis(y, 2, 1), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_against_numpy():
+    bn, state = norm(scale_offset=1.0)
+    layer = eqx.nn.Linear(4, 6, key=KEY)
+    folded = en.fold_batch_norm(layer, bn, state)
+    stats = bn.running_stats(state)
+    weight, bias, mean, var, scale, shift = (
+        np.asarray(a, np.float64)
+        for a in (layer.weight, layer.bias, stats.mean, stats.var, bn.scale, bn.bias)
+    )
+    factor = (scale + 1) / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(folded.weight, factor[:, None] * weight, rtol=1e-6)
+    np.testing.assert_allclose(folded.bias, factor * (bias - mean) + shift, rtol=1e-5)
+
+
+@pytest.mark.parametrize("in_features", [4, "scalar"])
+def test_scalar_output(in_features):
+    bn, state = norm(1)
+    assert_same(eqx.nn.Linear(in_features, "scalar", key=KEY), bn, state)
+
+
+def test_tuple_of_one_feature_axis():
+    bn, state = norm(6)
+    other, _ = eqx.nn.make_with_state(en.BatchNorm)((6,), axis=(-1,))
+    other = eqx.tree_at(lambda bn: (bn.scale, bn.bias), other, (bn.scale, bn.bias))
+    assert_same(eqx.nn.Linear(4, 6, key=KEY), other, state)
+
+
+def test_no_variance_and_no_epsilon():
+    """What has no variance comes out as the bias, as it does from the norm."""
+    bn, state = eqx.nn.make_with_state(en.BatchNorm)(6, momentum=0.0, epsilon=0.0)
+    _, state = bn(jnp.ones((3, 6)), state)
+    bn = randomize(bn)
+    folded = en.fold_batch_norm(eqx.nn.Linear(4, 6, key=KEY), bn, state)
+    np.testing.assert_array_equal(folded.weight, 0)
+    np.testing.assert_allclose(folded.bias, bn.bias)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(dtype):
+    """Computed in float32 and rounded once: a mean that nearly cancels the bias shows."""
+    layer = eqx.nn.Linear(4, 6, key=KEY, dtype=dtype)
+    bn, state = norm(dtype=dtype)
+    mean = layer.bias.astype(jnp.float32) + 1e-4
+    state = eqx.tree_at(lambda s: jax.tree.leaves(s)[0], state, mean)
+    folded = en.fold_batch_norm(layer, bn, state)
+    assert folded.weight.dtype == folded.bias.dtype == dtype
+    wide = eqx.tree_at(
+        lambda tree: (tree.weight, tree.bias),
+        layer,
+        (layer.weight.astype(jnp.float32), layer.bias.astype(jnp.float32)),
+    )
+    wanted = en.fold_batch_norm(wide, bn, state)
+    assert wanted.weight.dtype == wanted.bias.dtype == jnp.float32
+    np.testing.assert_array_equal(folded.weight, wanted.weight.astype(dtype))
+    np.testing.assert_array_equal(folded.bias, wanted.bias.astype(dtype))
+
+
+def test_half_precision_result_of_the_norm():
+    """The norm's `dtype` is that of its output, not of what is computed before."""
+    bn, state = norm()
+    half = en.BatchNorm(6, dtype=jnp.bfloat16)
+    half = eqx.tree_at(
+        lambda bn: (bn.state_index, bn.scale, bn.bias),
+        half,
+        (bn.state_index, bn.scale, bn.bias),
+    )
+    layer = eqx.nn.Linear(4, 6, key=KEY)
+    found, wanted = (en.fold_batch_norm(layer, norm, state) for norm in (half, bn))
+    assert eqx.tree_equal(found, wanted)
+
+
+def test_float64():
+    with float64():
+        layer = eqx.nn.Conv1d(4, 6, 3, key=jax.random.key(0))
+        bn, state = norm(param_dtype=jnp.float64)
+        folded = assert_same(layer, bn, state, rtol=1e-13)
+    assert folded.weight.dtype == folded.bias.dtype == np.float64
+
+
+def test_complex():
+    layer = eqx.nn.Linear(4, 6, key=KEY, dtype=jnp.complex64)
+    bn, state = norm(param_dtype=jnp.complex64)
+    folded = assert_same(layer, bn, state)
+    assert folded.weight.dtype == folded.bias.dtype == jnp.complex64
+    with pytest.raises(ValueError, match=r"weight of dtype float32 cannot hold.*complex64"):
+        en.fold_batch_norm(eqx.nn.Linear(4, 6, key=KEY), bn, state)
+
+
+def test_under_jit_and_vmap():
+    """For a stack of layers too."""
+
+    def make(key):
+        return eqx.nn.Linear(4, 6, use_bias=False, key=key), en.BatchNorm(6)
+
+    keys = jax.random.split(KEY, 3)
+    (layers, bns), states = eqx.nn.make_with_state(eqx.filter_vmap(make))(keys)
+    stats = jax.tree.map(lambda a: a + jnp.arange(3, dtype=a.dtype)[:, None], states)
+    folded = eqx.filter_jit(eqx.filter_vmap(en.fold_batch_norm))(layers, bns, stats)
+    assert folded.weight.shape == (3, 6, 4)
+    for i in range(3):
+        one = jax.tree.map(
+            lambda a, i=i: a[i] if eqx.is_array(a) else a, (layers, bns, stats)
+        )
+        wanted = en.fold_batch_norm(*one)
+        np.testing.assert_allclose(folded.weight[i], wanted.weight, rtol=1e-6)
+        np.testing.assert_allclose(folded.bias[i], wanted.bias, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "bn", "message"),
+    [
+        (
+            eqx.nn.MLP(4, 6, 2, 1, key=KEY),
+            en.BatchNorm(6),
+            "`layer` must be an `equinox.nn.Linear`, `Conv` or `ConvTranspose`, got MLP",
+        ),
+        (
+            eqx.nn.Linear(4, 6, key=KEY),
+            eqx.nn.BatchNorm(6, "batch", mode="batch"),
+            r"`bn` must be an `eqx_norms.BatchNorm`, got equinox\..*BatchNorm",
+        ),
+        (
+            eqx.nn.Linear(4, 6, key=KEY),
+            en.LayerNorm(6),
+            "`bn` must be an `eqx_norms.BatchNorm`, got .*LayerNorm",
+        ),
+        (
+            eqx.nn.Linear(6, 4, key=KEY),
+            en.BatchNorm(6),
+            "one feature for each of the 4 outputs of Linear, got `num_features=6`",
+        ),
+        (
+            eqx.nn.Conv1d(4, 6, 1, key=KEY),
+            en.BatchNorm((2, 3), axis=(1, 2)),
+            r"outputs of Conv1d, got `num_features=\(2, 3\)` along `axis=\(1, 2\)`",
+        ),
+    ],
+)
+def test_errors(layer, bn, message):
+    _, state = norm()
+    with pytest.raises(ValueError, match=message):
+        en.fold_batch_norm(layer, bn, state)
+
+
+def test_state_of_another_model():
+    bn, state = norm()
+    _, other = eqx.nn.make_with_state(lambda: (en.BatchNorm(6),))()
+    layer = eqx.nn.Linear(4, 6, key=KEY)
+    with pytest.raises(ValueError, match="holds nothing for this layer"):
+        en.fold_batch_norm(layer, bn, other)
+    en.fold_batch_norm(layer, bn, state)

@@ -1,0 +1,263 @@
+"""What is peculiar to SpectralNorm: the singular value it finds, and what it remembers."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import eqx_norms as en
+
+from .helpers import clone, float64, normal
+from .test_weight_norm import KEY, Model, with_weight, wrapped
+
+
+def build(layer, **kwargs):
+    return eqx.nn.make_with_state(en.SpectralNorm)(layer, **{"key": KEY, **kwargs})
+
+
+def settle(norm, state, x, calls=20):
+    apply = eqx.filter_jit(norm)
+    for _ in range(calls):
+        _, state = apply(x, state)
+    return state
+
+
+def greatest(weight, axis=0):
+    weight = np.moveaxis(np.asarray(weight, np.float64), axis, 0)
+    return np.linalg.norm(weight.reshape(weight.shape[0], -1), 2)
+
+
+@wrapped
+def test_converges(make, shape):
+    layer, x = make(), normal(1, shape)
+    before = np.array(layer.weight)
+    norm, state = build(layer, n_steps=5)
+    state = settle(norm, state, x)
+    (stats,) = norm.spectral_stats(state)
+    sigma = greatest(layer.weight)
+    np.testing.assert_allclose(stats.sigma, sigma, rtol=1e-5)
+    expected = with_weight(layer, before.astype(np.float64) / sigma)(x)
+    for update in (True, False):
+        y, _ = norm(x, clone(state), update_stats=update)
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
+    assert np.array_equal(norm.layer.weight, before)
+
+
+@pytest.mark.parametrize("axes", [0, 1, (0, 1), (2, 3)], ids=str)
+def test_feature_axes(axes):
+    layer = eqx.nn.Conv2d(4, 6, (2, 3), key=KEY)
+    norm, state = build(layer, feature_axes=axes, n_steps=30)
+    (stats,) = norm.spectral_stats(settle(norm, state, normal(1, (4, 5, 5)), 3))
+    rows = (axes,) if isinstance(axes, int) else axes
+    others = [a for a in range(4) if a not in rows]
+    size = np.prod([layer.weight.shape[a] for a in rows])
+    matrix = np.asarray(layer.weight).transpose(*rows, *others).reshape(size, -1)
+    np.testing.assert_allclose(stats.sigma, np.linalg.norm(matrix, 2), rtol=1e-5)
+
+
+def test_of_use_before_the_first_training_call():
+    layer = eqx.nn.Linear(5, 4, key=KEY)
+    norm, state = build(layer)
+    (stats,) = norm.spectral_stats(state)
+    np.testing.assert_allclose(stats.sigma, greatest(layer.weight), rtol=0.02)
+
+
+def test_step_by_step_as_flax():
+    """From the same vector, the same steps. (Flax overwrites its weights, so that its
+    second call would start from others: they are put back.)"""
+    theirs = nnx.SpectralNorm(
+        nnx.Linear(5, 4, rngs=nnx.Rngs(0)), n_steps=2, rngs=nnx.Rngs(1)
+    )
+    kernel = jnp.array(theirs.layer_instance.kernel[...])
+    layer = with_weight(eqx.nn.Linear(5, 4, key=KEY), kernel.T)
+    norm, state = build(eqx.tree_at(lambda m: m.bias, layer, jnp.zeros(4)), n_steps=2)
+    (path,) = (path for path in theirs.batch_stats if path[-1] == "u")
+    u = theirs.batch_stats[path][...]
+    (stats,) = norm.spectral_stats(state)
+    state = state.set(
+        norm.state_index, (en.SpectralStats(u.reshape(4, 1), stats.v, stats.sigma),)
+    )
+    x = normal(1, (3, 5))
+    apply = jax.vmap(norm, (0, None), (0, None))
+    for _ in range(4):
+        theirs.layer_instance.kernel[...] = kernel
+        expected = theirs(x, update_stats=True)
+        y, state = apply(x, state)
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
+        (stats,) = norm.spectral_stats(state)
+        sigma = theirs.batch_stats[(*path[:-1], "sigma")][...]
+        np.testing.assert_allclose(stats.sigma, sigma, rtol=1e-5)
+    assert not np.allclose(theirs.layer_instance.kernel[...], kernel, atol=1e-3)
+
+
+def test_what_updates_and_what_does_not():
+    layer, x = eqx.nn.Linear(5, 4, key=KEY), normal(1, (5,))
+    norm, state = build(layer)
+    assert norm.inference is False
+    assert build(layer, update_stats=False)[0].inference is True
+    evaluating = eqx.nn.inference_mode(norm)
+    for f, kwargs, same in (
+        (norm, {}, False),
+        (norm, {"update_stats": False}, True),
+        (evaluating, {}, True),
+        (evaluating, {"update_stats": True}, False),
+    ):
+        y, new = f(x, clone(state), **kwargs)
+        assert eqx.tree_equal(new, state) == same
+        (stats,) = norm.spectral_stats(new)
+        # What is divided by is what the vectors say, for the weight as it is now.
+        sigma = np.sum(stats.u * layer.weight * stats.v)
+        expected = with_weight(layer, layer.weight / sigma)(x)
+        np.testing.assert_allclose(y, expected, rtol=1e-5)
+
+
+def test_gradients():
+    """The vectors are constants; the singular value depends on the weight."""
+    with float64():
+        layer = eqx.nn.Linear(5, 4, key=KEY, dtype=jnp.float64)
+        x = normal(1, (5,), jnp.float64)
+        norm, state = build(layer)
+        (stats,) = norm.spectral_stats(norm(x, clone(state))[1])
+        u, v = stats.u[:, 0], stats.v[0]
+
+        def plain(weight):
+            sigma = jnp.einsum("i,ij,j->", u, weight, v)
+            return jnp.sum(jnp.sin((weight / sigma) @ x + layer.bias))
+
+        @eqx.filter_grad
+        def grad(norm):
+            return jnp.sum(jnp.sin(norm(x, clone(state))[0]))
+
+        np.testing.assert_allclose(
+            grad(norm).layer.weight, jax.grad(plain)(layer.weight), rtol=1e-10
+        )
+
+
+@pytest.mark.parametrize("weight", [0.0, np.nan, np.inf])
+def test_bad_weights_never_spoil_the_vectors(weight):
+    layer, x = eqx.nn.Linear(5, 4, key=KEY), normal(1, (5,))
+    norm, state = build(layer)
+    bad = eqx.tree_at(lambda n: n.layer.weight, norm, jnp.full_like(layer.weight, weight))
+    y, spoilt = bad(x, clone(state))
+    (before,), (after,) = norm.spectral_stats(state), norm.spectral_stats(spoilt)
+    assert np.array_equal(before.u, after.u)
+    assert np.array_equal(before.v, after.v)
+    assert np.isfinite(after.sigma)
+    if weight == 0:
+        np.testing.assert_array_equal(y, layer.bias)
+        grads = eqx.filter_grad(lambda n: jnp.sum(n(x, clone(state))[0]))(bad)
+        assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+    # And a weight that is made of zeros to begin with can still grow.
+    norm, state = build(with_weight(layer, np.zeros((4, 5))))
+    norm = eqx.tree_at(lambda n: n.layer.weight, norm, layer.weight)
+    (stats,) = norm.spectral_stats(settle(norm, state, x, 40))
+    np.testing.assert_allclose(stats.sigma, greatest(layer.weight), rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e9])
+def test_weights_of_any_size(size):
+    """Flax adds epsilon to the squared length: for the small one it is off by far."""
+    layer = eqx.nn.Linear(5, 4, key=KEY)
+    norm, state = build(with_weight(layer, size * np.asarray(layer.weight)))
+    (stats,) = norm.spectral_stats(settle(norm, state, normal(1, (5,)), 40))
+    np.testing.assert_allclose(stats.sigma, size * greatest(layer.weight), rtol=1e-5)
+
+
+def test_dtypes():
+    layer = eqx.nn.Linear(5, 4, use_bias=False, key=KEY, dtype=jnp.bfloat16)
+    x = normal(1, (5,)).astype(jnp.bfloat16)
+    norm, state = build(layer, param_dtype=jnp.bfloat16)
+    y, state = norm(x, state)
+    assert y.dtype == jnp.bfloat16
+    (stats,) = norm.spectral_stats(state)
+    assert {a.dtype for a in jax.tree.leaves(stats)} == {np.dtype(np.float32)}
+    norm, state = build(layer, dtype=jnp.float32)
+    assert norm(x.astype(jnp.float32), state)[0].dtype == jnp.float32
+    complex_layer = eqx.nn.Linear(5, 4, key=KEY, dtype=jnp.complex64)
+    norm, state = build(complex_layer, n_steps=40)
+    (stats,) = norm.spectral_stats(settle(norm, state, x.astype(jnp.complex64), 2))
+    sigma = np.linalg.norm(np.asarray(complex_layer.weight), 2)
+    np.testing.assert_allclose(stats.sigma, sigma, rtol=1e-5)
+
+
+def test_several_weights_and_a_layer_with_a_state():
+    make = lambda: en.SpectralNorm(  # noqa: E731
+        eqx.nn.Sequential(
+            [
+                eqx.nn.Linear(3, 4, key=KEY),
+                en.BatchNorm(4, axis_name="b"),
+                eqx.nn.Linear(4, 2, key=KEY),
+            ]
+        ),
+        n_steps=40,
+        key=KEY,
+    )
+    norm, state = eqx.nn.make_with_state(make)()
+    assert norm.weights == (".layers[0].weight", ".layers[2].weight")
+    outer = eqx.nn.Sequential([norm, eqx.nn.Lambda(jax.nn.relu)])
+    y, state = jax.vmap(outer, (0, None), (0, None), axis_name="b")(
+        normal(1, (5, 3)), state
+    )
+    assert y.shape == (5, 2)
+    assert np.all(norm.layer[1].running_stats(state).count == 1)
+    for number, stats in zip((0, 2), norm.spectral_stats(state), strict=True):
+        np.testing.assert_allclose(
+            stats.sigma, greatest(norm.layer[number].weight), rtol=1e-5
+        )
+
+
+def test_other_arguments_are_the_layers():
+    norm, state = build(Model(), where=lambda m: m.first.weight)
+    x = normal(1, (3,))
+    y, _ = norm(x, clone(state))
+    with_key, _ = norm(x, clone(state), 1.0, key=KEY)
+    np.testing.assert_allclose(with_key, y + 1, rtol=1e-6)
+
+
+def test_inside_shard_map():
+    mesh = jax.make_mesh((8,), ("devices",))
+    norm, state = build(eqx.nn.Linear(5, 4, key=KEY))
+    x = normal(1, (16, 5))
+    apply = jax.vmap(norm, (0, None), (0, None))
+    P = jax.sharding.PartitionSpec
+
+    @eqx.filter_jit
+    @en.filter_shard_map(
+        mesh=mesh, in_specs=(P(), P(), P("devices")), out_specs=(P("devices"), P())
+    )
+    def sharded(norm, state, x):
+        return jax.vmap(norm, (0, None), (0, None))(x, state)
+
+    expected, wanted = apply(x, clone(state))
+    with jax.set_mesh(mesh):
+        y, new = sharded(norm, state, jax.device_put(x, P("devices")))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_bad_arguments():
+    linear, conv = eqx.nn.Linear(3, 4, key=KEY), eqx.nn.Conv1d(3, 4, 2, key=KEY)
+    with pytest.raises(
+        ValueError, match=r"SpectralNorm: `n_steps` must be at least 1, got 0"
+    ):
+        en.SpectralNorm(linear, n_steps=0, key=KEY)
+    with pytest.raises(ValueError, match=r"must have two dimensions, got .*\(4, 3, 2\)"):
+        en.SpectralNorm(conv, error_on_non_matrix=True, key=KEY)
+    en.SpectralNorm(linear, error_on_non_matrix=True, key=KEY)
+    with pytest.raises(
+        ValueError, match=r"SpectralNorm: needs a `weight` of two dimensions"
+    ):
+        en.SpectralNorm(eqx.nn.LayerNorm(3), key=KEY)
+    norm, state = build(linear)
+    with pytest.raises(
+        ValueError, match=r"SpectralNorm: this `state` holds nothing for this"
+    ):
+        norm(jnp.ones(3), eqx.nn.make_with_state(en.BatchNorm)(3)[1])
+    assert norm(jnp.ones(3), state)[0].shape == (4,)
+    with pytest.raises(
+        ValueError, match=r"`feature_axes=\(2,\)` has axis 2, which is out of"
+    ):
+        en.SpectralNorm(linear, feature_axes=2, key=KEY)
