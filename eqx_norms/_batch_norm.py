@@ -14,8 +14,15 @@ from ._dtypes import cast, real_dtype
 from ._layer import AbstractNorm
 from ._moments import Moments, Reduction
 from ._normalize import normalize, standardize
-from ._running import PooledStats, RunningStats, check_momentum, init_stats, update
-from ._state import get_state, set_state
+from ._running import (
+    PooledStats,
+    RunningStats,
+    check_momentum,
+    get_stats,
+    init_stats,
+    update,
+)
+from ._state import get_state, needs_state, set_state
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 
 
@@ -49,10 +56,10 @@ class BatchNorm(AbstractNorm, StatefulLayer):
 
     state_index: StateIndex[RunningStats]
     inference: bool
-    frozen: bool
     axis: tuple[int, ...] = eqx.field(static=True)
     momentum: float | None = eqx.field(static=True)
-    use_unbiased_variance: bool = eqx.field(static=True)
+    use_unbiased_variance: bool = eqx.field(static=True, default=False, kw_only=True)
+    frozen: bool = eqx.field(default=False, kw_only=True)
 
     def __init__(
         self,
@@ -140,6 +147,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         self.frozen = False
         self.use_unbiased_variance = use_unbiased_variance
 
+    @needs_state
     @jax.named_scope("eqx_norms.BatchNorm")
     def __call__(
         self,
@@ -175,7 +183,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         """
         del key
         name = type(self).__name__
-        running = get_state(state, self.state_index, layer=name)
+        running = get_stats(state, self.state_index, self._features(), layer=name)
         inputs = self._prepare(
             x,
             mask,

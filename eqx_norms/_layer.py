@@ -32,11 +32,14 @@ class AbstractNorm(eqx.Module):
     bias: Inexact[Array, "*features"] | None
     num_features: int | tuple[int, ...] = eqx.field(static=True)
     epsilon: float = eqx.field(static=True)
-    dtype: np.dtype | None = eqx.field(static=True)
-    axis_name: tuple[Any, ...] | None = eqx.field(static=True)
-    axis_index_groups: tuple[tuple[int, ...], ...] | None = eqx.field(static=True)
-    use_fast_variance: bool = eqx.field(static=True)
     scale_offset: float = eqx.field(static=True)
+    # With a default they are only printed where they differ from it.
+    dtype: np.dtype | None = eqx.field(static=True, default=None, kw_only=True)
+    axis_name: tuple[Any, ...] | None = eqx.field(static=True, default=None, kw_only=True)
+    axis_index_groups: tuple[tuple[int, ...], ...] | None = eqx.field(
+        static=True, default=None, kw_only=True
+    )
+    use_fast_variance: bool = eqx.field(static=True, default=True, kw_only=True)
 
     def _set_common(
         self,

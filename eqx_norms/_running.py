@@ -3,14 +3,16 @@
 from typing import TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from equinox.nn import StateIndex
+from equinox.nn import State, StateIndex
 from jax import lax
 from jaxtyping import Array, Inexact, Int
 
 from ._axes import from_features, shard_like
 from ._dtypes import cast, promote, real_dtype
 from ._moments import Moments, abs_square, over_groups
+from ._state import get_state
 from ._types import DTypeLike, Shape
 
 
@@ -60,6 +62,21 @@ def check_momentum(momentum: float | None, *, layer: str) -> float | None:
             f"1, or `None` for the average over all batches, got {momentum}."
         )
     return None if momentum is None else float(momentum)
+
+
+def get_stats(
+    state: State, index: StateIndex[Stats], features: Shape | None, *, layer: str
+) -> Stats:
+    """The running statistics in `state`, for features of this shape if it is known."""
+    stats = get_state(state, index, layer=layer)
+    if features is not None and stats.mean.shape != features:
+        raise ValueError(
+            f"{layer}: the running statistics in `state` have shape {stats.mean.shape}, "
+            f"the layer's features {features}. Was `state` made for another model, or left "
+            "out of the axes of a `vmap`? Write `jax.vmap(model, in_axes=(0, None), "
+            "out_axes=(0, None), axis_name=...)(x, state)`."
+        )
+    return stats
 
 
 def update(
@@ -124,20 +141,18 @@ def _pool(
     mean, var = after(old.mean, rows.mean), after(old.var, rows.var)
 
     counted = count > 0
-    finite = jnp.isfinite(mean) & jnp.isfinite(var)
-    good = jnp.all(finite[1:] | ~counted[1:], 0) & jnp.any(counted[1:], 0)
-
-    total = jnp.sum(count, 0, dtype=count.dtype)
+    good = jnp.all(jnp.isfinite(mean[1:]) & jnp.isfinite(var[1:]) | ~counted[1:], 0)
+    good = good & jnp.any(counted[1:], 0)
+    total = jnp.sum(count, 0, keepdims=True, dtype=count.dtype)
     share = count.astype(var.dtype) / jnp.maximum(total, 1).astype(var.dtype)
 
     def average(values):
         values = jnp.where(counted, values, 0)
-        return jnp.sum(share.astype(values.dtype) * values, 0)
+        return jnp.sum(share.astype(values.dtype) * values, 0, keepdims=True)
 
-    pooled = average(mean)
-    stats = PooledStats(
-        jnp.where(good, pooled, old.mean),
-        jnp.where(good, average(var + abs_square(mean - pooled)), old.var),
-        jnp.where(good, total, old.count),
+    center = average(mean)
+    var = average(var + abs_square(mean - center))
+    stats = jax.tree.map(
+        lambda new, old: jnp.where(good, new[0], old), PooledStats(center, var, total), old
     )
     return lax.stop_gradient(stats)

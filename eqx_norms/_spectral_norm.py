@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Inexact, PRNGKeyArray
 from ._axes import canonicalize_axes, check_axes, other_axes, shard_like
 from ._dtypes import check_dtype, check_epsilon, promote, real_dtype, result_dtype
 from ._moments import abs_square
-from ._state import get_state, set_state
+from ._state import get_state, needs_state, set_state
 from ._types import Axes, DTypeLike
 from ._wrapped import choose_weights, get_weights, is_stateful, set_weights
 
@@ -97,7 +97,7 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
     feature_axes: tuple[int, ...] = eqx.field(static=True)
     n_steps: int = eqx.field(static=True)
     epsilon: float = eqx.field(static=True)
-    dtype: np.dtype | None = eqx.field(static=True)
+    dtype: np.dtype | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __init__(
         self,
@@ -207,6 +207,7 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
         dtype = result_dtype(self.dtype, weight, layer=type(self).__name__)
         return (wide / sigma.astype(wide.dtype)).astype(dtype)
 
+    @needs_state
     @jax.named_scope("eqx_norms.SpectralNorm")
     def __call__(
         self,

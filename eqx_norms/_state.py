@@ -1,22 +1,44 @@
 """What a layer keeps in `equinox.nn.State`: read, with errors that help, and written."""
 
-from typing import TypeVar
+import functools as ft
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from equinox.nn import State, StateIndex
 
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def needs_state(call: Callable[P, T]) -> Callable[P, T]:
+    """A method `(self, x, state, ...)` whose state nobody leaves out without being told
+    where to get one, while type checkers go on asking for it."""
+
+    @ft.wraps(call)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        given: tuple[Any, ...] = args
+        if len(given) == 2 and "state" not in kwargs:
+            _check_state(None, layer=type(given[0]).__name__)
+        return call(*args, **kwargs)
+
+    return wrapper
+
+
+def _check_state(state: Any, *, layer: str) -> None:
+    if not isinstance(state, State):
+        received = "none" if state is None else f"one of type {type(state).__name__}"
+        raise ValueError(
+            f"{layer}: needs the model's `equinox.nn.State` as its second argument, got "
+            f"{received}. Make both with `model, state = "
+            "equinox.nn.make_with_state(Model)(...)`, and call `y, state = model(x, "
+            "state)`."
+        )
 
 
 def get_state(state: State, index: StateIndex[T], *, layer: str) -> T:
-    if not isinstance(state, State):
-        raise ValueError(
-            f"{layer}: needs the model's `equinox.nn.State` as its second argument, got "
-            f"{type(state).__name__}. Make both with `model, state = "
-            f"equinox.nn.make_with_state({layer})(...)`, and call `y, state = model(x, "
-            "state)`."
-        )
+    _check_state(state, layer=layer)
     try:
         return state.get(index)
     except KeyError:

@@ -58,7 +58,7 @@ class WeightNorm(StatefulLayer, Generic[_Layer]):
     weights: tuple[str, ...] = eqx.field(static=True)
     feature_axes: tuple[int, ...] = eqx.field(static=True)
     epsilon: float = eqx.field(static=True)
-    dtype: np.dtype | None = eqx.field(static=True)
+    dtype: np.dtype | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __init__(
         self,

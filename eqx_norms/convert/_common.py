@@ -53,8 +53,8 @@ def check_entries(found: Mapping[str, Any], expected: Mapping[str, Shape], sourc
 def check_scale_offset(layer: AbstractNorm, source: str):
     if layer.scale_offset != 0:
         raise ValueError(
-            f"{source}: `scale_offset={layer.scale_offset}` has no counterpart. Use a layer "
-            "without, whose scale is the sum of both."
+            f"{source}: `scale_offset={layer.scale_offset}` has no counterpart. Use "
+            "a layer without, whose scale is the sum of both."
         )
 
 
