@@ -23,6 +23,17 @@ class GroupNorm(AbstractExampleNorm):
     Take a batched array, or one example inside `jax.vmap` with `batch_axes=()`: the two are
     the same.
 
+    !!! example
+
+        ```python
+        norm = en.GroupNorm(16, num_groups=4)
+        y = norm(jnp.ones((2, 8, 8, 16)))
+
+        # One example with its channels first, as Equinox's convolutions give it.
+        norm = en.GroupNorm(16, num_groups=4, feature_axis=0, batch_axes=())
+        y = norm(jnp.ones((16, 8, 8)))
+        ```
+
     !!! cite
 
         [Group Normalization](https://arxiv.org/abs/1803.08494), with the parameters of

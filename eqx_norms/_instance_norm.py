@@ -23,6 +23,17 @@ class InstanceNorm(AbstractExampleNorm):
     Take a batched array, or one example inside `jax.vmap` with `batch_axes=()`: the two are
     the same.
 
+    !!! example
+
+        ```python
+        norm = en.InstanceNorm(16)
+        y = norm(jnp.ones((2, 8, 8, 16)))
+
+        # One example with its channels first, as Equinox's convolutions give it.
+        norm = en.InstanceNorm(16, feature_axes=0, batch_axes=())
+        y = norm(jnp.ones((16, 8, 8)))
+        ```
+
     !!! cite
 
         [Instance Normalization](https://arxiv.org/abs/1607.08022), with the parameters of

@@ -23,6 +23,13 @@ class LayerNorm(AbstractExampleNorm):
     Take a batched array, whose leading axes are left alone, or one example inside
     `jax.vmap`: the two are the same.
 
+    !!! example
+
+        ```python
+        norm = en.LayerNorm(16)
+        y = norm(jnp.ones((4, 16)))
+        ```
+
     !!! cite
 
         [Layer Normalization](https://arxiv.org/abs/1607.06450), with the parameters of

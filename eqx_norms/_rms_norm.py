@@ -25,6 +25,13 @@ class RMSNorm(AbstractExampleNorm):
     Take a batched array, whose leading axes are left alone, or one example inside
     `jax.vmap`: the two are the same.
 
+    !!! example
+
+        ```python
+        norm = en.RMSNorm(16, scale_init=jax.nn.initializers.zeros, scale_offset=1.0)
+        y = norm(jnp.ones((4, 16), jnp.bfloat16))
+        ```
+
     !!! cite
 
         [Root Mean Square Layer Normalization](https://arxiv.org/abs/1910.07467), with the

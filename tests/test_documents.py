@@ -1,32 +1,79 @@
-"""Every Python block of the README runs, in order, as its reader would run them."""
+"""Every Python block of the README and the docstrings runs as its reader would run it."""
 
+import contextlib
+import inspect
 import pathlib
 import re
+import textwrap
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
+
+import eqx_norms as en
 
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def blocks(name: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(), re.S | re.M)
+@contextlib.contextmanager
+def readers_settings():
+    """JAX's defaults, not this suite's."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def blocks(text: str) -> list[str]:
+    found = re.findall(r"^( *)```python\n(.*?)^\1```$", text, re.S | re.M)
+    return [textwrap.dedent(code) for _, code in found]
 
 
 @pytest.mark.parametrize("name", ["README.md"])
 def test_blocks_run(name):
-    found = blocks(name)
+    found = blocks((ROOT / name).read_text())
     assert len(found) >= 4
     namespace = {}
-    # The reader has JAX's defaults, not this suite's.
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
+    with readers_settings():
         for block in found:
             exec(compile(block, name, "exec"), namespace)
     # The training loop of the README has learned a sum of four numbers.
     prediction, x = namespace["prediction"], namespace["x"]
     assert x.shape == (64, 4)
     assert abs(prediction[0] - x[0].sum()) < 1
+
+
+def examples():
+    for owner in (en, en.convert):
+        for name in sorted(vars(owner)):
+            thing = getattr(owner, name)
+            if name.startswith("_") or inspect.ismodule(thing):
+                continue
+            for number, block in enumerate(blocks(inspect.getdoc(thing) or "")):
+                yield pytest.param(block, id=f"{name}-{number}")
+
+
+@pytest.mark.parametrize("block", list(examples()))
+def test_examples_run(block):
+    for package in ("flax", "torch"):
+        if re.search(rf"^(import|from) {package}", block, re.M):
+            pytest.importorskip(package)
+    namespace = {"en": en, "eqx": eqx, "jax": jax, "jnp": jnp, "P": P}
+    namespace["mesh"] = jax.make_mesh((8,), ("devices",))
+    with readers_settings():
+        exec(compile(block, "docstring", "exec"), namespace)
+
+
+def test_every_layer_has_an_example():
+    layers = [name for name in vars(en) if name.endswith("Norm")]
+    assert len(layers) == 7
+    for name in layers:
+        assert blocks(inspect.getdoc(getattr(en, name)) or ""), name
+
+
+def test_everything_public_is_documented():
+    for owner in (en, en.convert):
+        for name, thing in vars(owner).items():
+            if not name.startswith("_") and not inspect.ismodule(thing):
+                assert inspect.getdoc(thing), name
