@@ -1,3 +1,4 @@
+from . import convert as convert
 from ._batch_norm import BatchNorm as BatchNorm
 from ._batch_norm import freeze as freeze
 from ._batch_norm import unfreeze as unfreeze
@@ -12,3 +13,4 @@ from ._shard_map import filter_shard_map as filter_shard_map
 from ._spectral_norm import SpectralNorm as SpectralNorm
 from ._spectral_norm import SpectralStats as SpectralStats
 from ._weight_norm import WeightNorm as WeightNorm
+from .convert import replace_norms as replace_norms

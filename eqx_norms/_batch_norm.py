@@ -1,12 +1,13 @@
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from equinox.nn import State, StatefulLayer, StateIndex
 from jax.nn.initializers import ones, zeros
-from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
 from ._axes import check_axes, other_axes, to_features
 from ._collectives import bound_members
@@ -26,6 +27,9 @@ from ._state import get_state, needs_state, set_state
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 
 
+Model = TypeVar("Model")
+
+
 class BatchNorm(AbstractNorm, StatefulLayer):
     r"""Normalises each feature by its mean and variance over the batch.
 
@@ -42,6 +46,17 @@ class BatchNorm(AbstractNorm, StatefulLayer):
 
     Take a batched array, or one example inside a `jax.vmap` that binds `axis_name`: the two
     are the same.
+
+    !!! example
+
+        ```python
+        norm, state = eqx.nn.make_with_state(en.BatchNorm)(3, axis_name="batch")
+        batched = jax.vmap(norm, in_axes=(0, None), out_axes=(0, None), axis_name="batch")
+        y, state = batched(jax.random.normal(jax.random.key(0), (8, 3)), state)
+
+        norm = eqx.nn.inference_mode(norm)
+        y, _ = norm(jnp.ones(3), state)
+        ```
 
     !!! warning
 
@@ -243,7 +258,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         return get_state(state, self.state_index, layer=type(self).__name__)
 
 
-def freeze(model: PyTree) -> PyTree:
+def freeze(model: Model) -> Model:
     """Has every [`eqx_norms.BatchNorm`][] in a model normalise with its running statistics
     and leave them alone, whatever `equinox.nn.inference_mode` or the call says.
 
@@ -262,18 +277,18 @@ def freeze(model: PyTree) -> PyTree:
     return _set_frozen(model, True)
 
 
-def unfreeze(model: PyTree) -> PyTree:
+def unfreeze(model: Model) -> Model:
     """The opposite of [`eqx_norms.freeze`][]."""
     return _set_frozen(model, False)
 
 
-def _set_frozen(model: PyTree, frozen: bool) -> PyTree:
+def _set_frozen(model: Model, frozen: bool) -> Model:
     return change_layers(
         model, lambda layer: eqx.tree_at(lambda layer: layer.frozen, layer, frozen)
     )
 
 
-def change_layers(model: PyTree, change: Callable[[BatchNorm], BatchNorm]) -> PyTree:
+def change_layers(model: Model, change: Callable[[BatchNorm], BatchNorm]) -> Model:
     """Replaces every `BatchNorm` in a model, which must have one."""
 
     def is_layer(node):

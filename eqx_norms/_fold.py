@@ -45,7 +45,9 @@ def fold_batch_norm(layer: Layer, bn: Any, state: State) -> Layer:
     !!! example
 
         ```python
-        conv = en.fold_batch_norm(model.conv, model.norm, state)
+        conv = eqx.nn.Conv2d(3, 16, 3, key=jax.random.key(0))
+        norm, state = eqx.nn.make_with_state(en.BatchNorm)(16, axis=0)
+        conv = en.fold_batch_norm(conv, norm, state)
         ```
     """
     if not isinstance(layer, (eqx.nn.Linear, eqx.nn.Conv, eqx.nn.ConvTranspose)):

@@ -65,6 +65,9 @@ def recalibrate(
     !!! example
 
         ```python
+        model, state = eqx.nn.make_with_state(en.BatchNorm)(3, axis_name="batch")
+        batches = [jnp.ones((8, 3)), jnp.zeros((4, 3))]
+
         @eqx.filter_jit
         def forward(model, state, x):
             return jax.vmap(model, (0, None), (0, None), axis_name="batch")(x, state)
@@ -128,7 +131,8 @@ def _in_training(layer: BatchNorm) -> BatchNorm:
 
 def _start(stats: RunningStats) -> PooledStats:
     """Nothing counted. The old mean and variance are for calls in evaluation."""
-    return PooledStats(stats.mean, stats.var, jnp.zeros_like(stats.count))
+    zeros = jnp.zeros_like(stats.count), jnp.zeros_like(stats.mean)
+    return PooledStats(stats.mean, stats.var, *zeros)
 
 
 def _copy(state: State) -> State:
@@ -200,8 +204,9 @@ def _merge(total: _Total, new: PooledStats) -> _Total:
     counted = np.asarray(new.count) > 0
     positions = total.positions + new.count
     share = new.count / np.maximum(positions, 1)
-    double = np.result_type(new.mean, np.float64)
-    delta = np.where(counted, np.asarray(new.mean, double) - total.mean, 0)
+    double = np.result_type(new.mean.dtype, np.float64)
+    mean = np.asarray(new.mean, double) + new.rest
+    delta = np.where(counted, mean - total.mean, 0)
     var = np.where(counted, np.asarray(new.var, np.float64) - total.var, 0)
     return _Total(
         total.mean + share * delta,

@@ -34,11 +34,14 @@ class PooledStats(eqx.Module):
 
     - `mean`, `var`: of these data, and of anything while `count` is zero.
     - `count`: how many positions they have.
+    - `rest`: of the mean, what rounding left out: with a mean of many deviations, the
+        differences between batches would be lost in it.
     """
 
     mean: Inexact[Array, "*features"]
     var: Inexact[Array, "*features"]
     count: Int[Array, "*features"]
+    rest: Inexact[Array, "*features"]
 
 
 Stats = TypeVar("Stats", RunningStats, PooledStats)
@@ -138,7 +141,10 @@ def _pool(
         # A fraction of `size`, and of an integer.
         count = jnp.round(rows.weight * size)
     count = after(old.count, count)
-    mean, var = after(old.mean, rows.mean), after(old.var, rows.var)
+    assert rows.shift is not None
+    assert rows.offset is not None
+    mean, rest = after(old.mean, rows.shift), after(old.rest, rows.offset)
+    var = after(old.var, rows.var)
 
     counted = count > 0
     good = jnp.all(jnp.isfinite(mean[1:]) & jnp.isfinite(var[1:]) | ~counted[1:], 0)
@@ -150,9 +156,16 @@ def _pool(
         values = jnp.where(counted, values, 0)
         return jnp.sum(share.astype(values.dtype) * values, 0, keepdims=True)
 
-    center = average(mean)
-    var = average(var + abs_square(mean - center))
-    stats = jax.tree.map(
-        lambda new, old: jnp.where(good, new[0], old), PooledStats(center, var, total), old
+    # About a shift that is near all of them, as in `_moments`.
+    shift = average(mean)
+    deviation = (mean - shift) + rest
+    offset = average(deviation)
+    mean = shift + offset
+    new = PooledStats(
+        mean,
+        average(var + abs_square(deviation - offset)),
+        total,
+        (shift - mean) + offset,
     )
+    stats = jax.tree.map(lambda new, old: jnp.where(good, new[0], old), new, old)
     return lax.stop_gradient(stats)

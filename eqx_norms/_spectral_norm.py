@@ -242,7 +242,9 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
                 for weight, old in zip(weights, stats, strict=True)
             )
             state = set_state(state, self.state_index, stats)
-        new = tuple(map(self._normalized, weights, stats))
+        # For the backward pass the weight is kept, not a wider copy of it.
+        normalized = jax.checkpoint(lambda *args: self._normalized(*args))
+        new = tuple(map(normalized, weights, stats))
         layer: Any = set_weights(self.layer, self.weights, new)
         if key is not None:
             kwargs["key"] = key

@@ -1,5 +1,7 @@
 """A folded layer against the layer and the norm one after the other."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -111,7 +113,7 @@ def test_settings_of_the_norm(kwargs):
     other = eqx.tree_at(
         lambda bn: [getattr(bn, name) for name in fields], other, [*fields.values()]
     )
-    layer = eqx.nn.Conv1d(4, 6, 3, key=KEY)
+    layer: Any = eqx.nn.Conv1d(4, 6, 3, key=KEY)
     folded = en.fold_batch_norm(layer, other, state)
     x = normal(1, (3, 4, 5))
     y, _ = eqx.nn.inference_mode(other)(
@@ -124,7 +126,7 @@ def test_settings_of_the_norm(kwargs):
 
 def test_against_numpy():
     bn, state = norm(scale_offset=1.0)
-    layer = eqx.nn.Linear(4, 6, key=KEY)
+    layer: Any = eqx.nn.Linear(4, 6, key=KEY)
     folded = en.fold_batch_norm(layer, bn, state)
     stats = bn.running_stats(state)
     weight, bias, mean, var, scale, shift = (
@@ -154,7 +156,8 @@ def test_no_variance_and_no_epsilon():
     bn, state = eqx.nn.make_with_state(en.BatchNorm)(6, momentum=0.0, epsilon=0.0)
     _, state = bn(jnp.ones((3, 6)), state)
     bn = randomize(bn)
-    folded = en.fold_batch_norm(eqx.nn.Linear(4, 6, key=KEY), bn, state)
+    layer: Any = eqx.nn.Linear(4, 6, key=KEY)
+    folded = en.fold_batch_norm(layer, bn, state)
     np.testing.assert_array_equal(folded.weight, 0)
     np.testing.assert_allclose(folded.bias, bn.bias)
 
@@ -162,7 +165,7 @@ def test_no_variance_and_no_epsilon():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype):
     """Computed in float32 and rounded once: a mean that nearly cancels the bias shows."""
-    layer = eqx.nn.Linear(4, 6, key=KEY, dtype=dtype)
+    layer: Any = eqx.nn.Linear(4, 6, key=KEY, dtype=dtype)
     bn, state = norm(dtype=dtype)
     mean = layer.bias.astype(jnp.float32) + 1e-4
     state = eqx.tree_at(lambda s: jax.tree.leaves(s)[0], state, mean)
@@ -188,21 +191,21 @@ def test_half_precision_result_of_the_norm():
         half,
         (bn.state_index, bn.scale, bn.bias),
     )
-    layer = eqx.nn.Linear(4, 6, key=KEY)
+    layer: Any = eqx.nn.Linear(4, 6, key=KEY)
     found, wanted = (en.fold_batch_norm(layer, norm, state) for norm in (half, bn))
     assert eqx.tree_equal(found, wanted)
 
 
 def test_float64():
     with float64():
-        layer = eqx.nn.Conv1d(4, 6, 3, key=jax.random.key(0))
+        layer: Any = eqx.nn.Conv1d(4, 6, 3, key=jax.random.key(0))
         bn, state = norm(param_dtype=jnp.float64)
         folded = assert_same(layer, bn, state, rtol=1e-13)
     assert folded.weight.dtype == folded.bias.dtype == np.float64
 
 
 def test_complex():
-    layer = eqx.nn.Linear(4, 6, key=KEY, dtype=jnp.complex64)
+    layer: Any = eqx.nn.Linear(4, 6, key=KEY, dtype=jnp.complex64)
     bn, state = norm(param_dtype=jnp.complex64)
     folded = assert_same(layer, bn, state)
     assert folded.weight.dtype == folded.bias.dtype == jnp.complex64
@@ -269,7 +272,7 @@ def test_errors(layer, bn, message):
 def test_state_of_another_model():
     bn, state = norm()
     _, other = eqx.nn.make_with_state(lambda: (en.BatchNorm(6),))()
-    layer = eqx.nn.Linear(4, 6, key=KEY)
+    layer: Any = eqx.nn.Linear(4, 6, key=KEY)
     with pytest.raises(ValueError, match="holds nothing for this layer"):
         en.fold_batch_norm(layer, bn, other)
     en.fold_batch_norm(layer, bn, state)

@@ -38,7 +38,9 @@ def type_name(source: Any) -> str:
     return f"{type(source).__module__}.{type(source).__qualname__}"
 
 
-def check_entries(found: Mapping[str, Any], expected: Mapping[str, Shape], source: str):
+def check_entries(
+    found: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]], source: str
+):
     """Raises unless the arrays in `found` have these names and shapes."""
     shapes = {name: tuple(np.shape(value)) for name, value in found.items()}
     if shapes != dict(expected):
@@ -130,7 +132,12 @@ def contents(layer: Any, state: State | None, source: str) -> dict[str, Array]:
         raise ValueError(f"{source}: there an RMSNorm has no bias, and this one has.")
     arrays: dict[str, Array | None] = {"scale": layer.scale, "bias": layer.bias}
     if isinstance(layer, BatchNorm):
-        stats = layer.running_stats(state)  # pyright: ignore[reportArgumentType]
+        if state is None:
+            raise ValueError(
+                f"{source}: a BatchNorm has its statistics in the model's "
+                f"`equinox.nn.State`. Give it too: `{source}(layer, state)`."
+            )
+        stats = layer.running_stats(state)
         arrays |= {"mean": stats.mean, "var": stats.var, "count": stats.count}
     order = axes_order(feature_axes(layer), source)
     return {

@@ -3,6 +3,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from equinox.nn import State
 from jaxtyping import Array
 
@@ -90,35 +91,15 @@ def from_flax(
         )
     make, axes_name, settings = _KINDS[name]
     source = f"from_flax({name})"
-    if package == "flax.nnx":
-        if variables is not None:
-            raise ValueError(f"{source}: an nnx layer has its variables; give it alone.")
-        _check_promotion(layer, source)
-        arrays = _nnx_arrays(layer)
-    else:
-        if variables is None:
-            raise ValueError(
-                f"{source}: a `flax.linen` module needs its variables: `from_flax(module, "
-                "variables)`."
-            )
-        arrays = _linen_arrays(variables)
-
     axes = (-1,) if axes_name is None else as_tuple(getattr(layer, axes_name))
     axes = tuple(axes[i] for i in axes_order(axes, source))
-    if num_features is not None:
-        shape = as_tuple(num_features)
-    else:
-        shapes = [jnp.shape(array) for array in arrays.values()]
-        known = getattr(layer, "num_features", None)
-        shape = shapes[0] if shapes else () if known is None else (known,)
-    if len(shape) != len(axes):
-        raise ValueError(
-            f"{source}: cannot tell how many features there are along {axes}. Say so: "
-            f"`from_flax(..., num_features={'n' if len(axes) == 1 else '(n, m)'})`."
-        )
+    arrays = _arrays(layer, variables, package, source)
+    expected = _expected(layer, name)
+    shape = _feature_shape(layer, arrays, expected, axes, num_features, source)
     if package == "flax.nnx" and len(axes) > 1:
         arrays = _unflatten(arrays, shape)
-    check_entries(arrays, dict.fromkeys(_expected(layer, name), shape), source)
+    check_entries(arrays, dict.fromkeys(expected, shape), source)
+    arrays = {key: jnp.asarray(value) for key, value in arrays.items()}
 
     options = {option: getattr(layer, option) for option in (*_COMMON, *settings)}
     if axes_name is not None:
@@ -128,10 +109,9 @@ def from_flax(
     if name == "GroupNorm" and layer.num_groups is None:
         options["group_size"] = layer.group_size
     new = make(shape[0] if len(shape) == 1 else shape, **options)
-    scale, bias = (arrays.get(f"params/{key}") for key in _COLLECTIONS["params"])
-    new = with_parameters(new, scale, bias)
+    new = with_parameters(new, arrays.get("params/scale"), arrays.get("params/bias"))
     if name == "BatchNorm":
-        mean, var = (arrays[f"batch_stats/{key}"] for key in _COLLECTIONS["batch_stats"])
+        mean, var = arrays["batch_stats/mean"], arrays["batch_stats/var"]
         new = with_init(new, running_stats(mean, var, jnp.zeros((), jnp.int32)))
     return with_state(new)
 
@@ -192,27 +172,61 @@ def _expected(layer: Any, name: str) -> list[str]:
     return names
 
 
-def _linen_arrays(variables: Mapping[str, Any]) -> dict[str, Any]:
+def _arrays(
+    layer: Any, variables: Mapping[str, Any] | None, package: str, source: str
+) -> dict[str, Any]:
+    """The variables, by collection and name."""
+    if package == "flax.nnx":
+        if variables is not None:
+            raise ValueError(f"{source}: an nnx layer has its variables; give it alone.")
+        _check_promotion(layer, source)
+        return {
+            f"{collection}/{key}": getattr(layer, key)[...]
+            for collection, keys in _COLLECTIONS.items()
+            for key in keys
+            if getattr(layer, key, None) is not None
+        }
+    if variables is None:
+        raise ValueError(
+            f"{source}: a `flax.linen` module needs its variables: `from_flax(module, "
+            "variables)`."
+        )
     from flax.core import meta
 
-    variables = meta.unbox(variables)
     return {
         f"{collection}/{key}": value
-        for collection, entries in variables.items()
+        for collection, entries in meta.unbox(variables).items()
         for key, value in entries.items()
     }
 
 
-def _nnx_arrays(layer: Any) -> dict[str, Any]:
-    return {
-        f"{collection}/{key}": getattr(layer, key)[...]
-        for collection, keys in _COLLECTIONS.items()
-        for key in keys
-        if getattr(layer, key, None) is not None
-    }
+def _feature_shape(
+    layer: Any,
+    arrays: dict[str, Any],
+    expected: list[str],
+    axes: tuple[int, ...],
+    num_features: int | tuple[int, ...] | None,
+    source: str,
+) -> tuple[Any, ...]:
+    shapes = [np.shape(arrays[key]) for key in expected if key in arrays]
+    if num_features is not None:
+        shape = as_tuple(num_features)
+    elif shapes:
+        shape = shapes[0]
+    elif getattr(layer, "num_features", None) is not None:
+        shape = (layer.num_features,)
+    else:
+        # If there should be entries, the check of them says what there is instead.
+        shape = ("n",) * len(axes) if expected else ()
+    if len(shape) != len(axes):
+        raise ValueError(
+            f"{source}: cannot tell how many features there are along {axes}. Say so: "
+            f"`from_flax(..., num_features={'n' if len(axes) == 1 else '(n, m)'})`."
+        )
+    return shape
 
 
-def _unflatten(arrays: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Array]:
+def _unflatten(arrays: dict[str, Any], shape: tuple[Any, ...]) -> dict[str, Array]:
     """nnx keeps the features of several axes in one, in the order of the input's axes."""
     return {
         key: value.reshape(shape) if value.size == math.prod(shape) else value
