@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from ._axes import as_tuple, feature_shape, to_features, to_rank
+from ._axes import check_integers, feature_shape, to_features, to_rank
 from ._dtypes import check_dtype
 from ._types import DTypeLike, Initializer, Shape
 
@@ -14,7 +14,7 @@ def check_num_features(
     num_features: int | tuple[int, ...], feature_axes: tuple[int, ...], *, layer: str
 ) -> Shape:
     """The feature shape, in the order of `feature_axes`."""
-    shape = as_tuple(num_features)
+    shape = check_integers(num_features, layer=layer, argument="num_features")
     if len(shape) != len(feature_axes):
         raise ValueError(
             f"{layer}: `num_features` must have one size for each feature axis, got "

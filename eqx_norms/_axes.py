@@ -18,9 +18,19 @@ def as_tuple(axes: Axes) -> tuple[int, ...]:
     return (operator.index(axes),)
 
 
+def check_integers(values: Axes, *, layer: str, argument: str) -> tuple[int, ...]:
+    try:
+        return as_tuple(values)
+    except TypeError:
+        raise ValueError(
+            f"{layer}: `{argument}` must be an integer, or a tuple of integers, got "
+            f"{values!r}."
+        ) from None
+
+
 def check_axes(axes: Axes, *, layer: str, argument: str) -> tuple[int, ...]:
     """A hashable form for a static field; what can be checked without an input is."""
-    axes = as_tuple(axes)
+    axes = check_integers(axes, layer=layer, argument=argument)
     if len(set(axes)) != len(axes):
         raise ValueError(
             f"{layer}: `{argument}={axes}` names an axis more than once. Give each once."

@@ -24,7 +24,7 @@ from ._running import (
     update,
 )
 from ._state import get_state, needs_state, set_state
-from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
+from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 
 
 Model = TypeVar("Model")
@@ -166,13 +166,13 @@ class BatchNorm(AbstractNorm, StatefulLayer):
     @jax.named_scope("eqx_norms.BatchNorm")
     def __call__(
         self,
-        x: Shaped[Array, "*shape"],
+        x: Shaped[AnyArray, "*shape"],
         state: State,
         *,
         use_running_average: bool | None = None,
-        mask: Bool[Array, "..."] | None = None,
-        scale: Inexact[Array, "..."] | None = None,
-        bias: Inexact[Array, "..."] | None = None,
+        mask: Bool[AnyArray, "..."] | None = None,
+        scale: Inexact[AnyArray, "..."] | None = None,
+        bias: Inexact[AnyArray, "..."] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Inexact[Array, "*shape"], State]:
         """**Arguments:**
@@ -230,9 +230,9 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         if not reduction.axes and self.axis_name is None:
             raise ValueError(
                 f"{name}: an input of shape {inputs.x.shape} with features along "
-                f"`axis={axes}` has no axis left to take statistics over. Give a batch, or "
-                "one example inside `jax.vmap(..., axis_name=...)` and that `axis_name` to "
-                "the layer."
+                f"`axis={axes}` has no axis left to take statistics over. Give a batch; "
+                "or, for one example inside `jax.vmap(..., axis_name='batch')`, make the "
+                "layer with `axis_name='batch'`."
             )
         y, rows = standardize(
             inputs,

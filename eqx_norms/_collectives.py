@@ -156,13 +156,17 @@ def canonicalize_names(axis_name: AxisName, *, layer: str) -> Names | None:
     """A hashable form for a static field."""
     if axis_name is None:
         return None
-    if not isinstance(axis_name, (tuple, list)):
-        return (axis_name,)
-    if len(set(axis_name)) != len(axis_name):
+    names = tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    if not all(isinstance(name, Hashable) for name in names):
+        raise ValueError(
+            f"{layer}: `axis_name` must be a name, which can be hashed, or a tuple of "
+            f"names, got {axis_name!r}."
+        )
+    if len(set(names)) != len(names):
         raise ValueError(
             f"{layer}: `axis_name={axis_name}` has a name more than once. Give each once."
         )
-    return tuple(axis_name) or None
+    return names or None
 
 
 def canonicalize_groups(

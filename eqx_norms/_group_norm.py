@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 from jaxtyping import PRNGKeyArray
 
-from ._axes import canonicalize_axes, check_axes, example_axes
+from ._axes import canonicalize_axes, check_axes, check_integers, example_axes
 from ._layer import AbstractExampleNorm
 from ._moments import Reduction
 from ._normalize import Inputs
@@ -112,8 +112,12 @@ class GroupNorm(AbstractExampleNorm):
                 f"{name}: give `num_groups`, or `group_size` and `num_groups=None`, got "
                 f"`num_groups={num_groups}` and `group_size={group_size}`."
             )
-        divisor = num_groups or group_size
-        if divisor is None or divisor < 1 or num_features % divisor:
+        if num_groups is not None:
+            (divisor,) = check_integers(num_groups, layer=name, argument="num_groups")
+        else:
+            assert group_size is not None
+            (divisor,) = check_integers(group_size, layer=name, argument="group_size")
+        if divisor < 1 or num_features % divisor:
             raise ValueError(
                 f"{name}: `num_features={num_features}` cannot be divided evenly by "
                 f"`num_groups={num_groups}`, `group_size={group_size}`."

@@ -22,7 +22,7 @@ from ._dtypes import (
 )
 from ._moments import Reduction
 from ._normalize import Inputs, standardize
-from ._types import AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
+from ._types import AnyArray, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
 
 
 class AbstractNorm(eqx.Module):
@@ -86,10 +86,10 @@ class AbstractNorm(eqx.Module):
 
     def _prepare(
         self,
-        x: Array,
-        mask: Array | None,
-        scale: Array | None,
-        bias: Array | None,
+        x: AnyArray,
+        mask: AnyArray | None,
+        scale: AnyArray | None,
+        bias: AnyArray | None,
         *,
         features: Shape | None,
         feature_axes: int | tuple[int, ...],
@@ -148,35 +148,35 @@ class AbstractExampleNorm(AbstractNorm):
     @overload
     def __call__(
         self,
-        x: Array,
+        x: AnyArray,
         state: None = None,
         *,
-        mask: Array | None = None,
-        scale: Array | None = None,
-        bias: Array | None = None,
+        mask: AnyArray | None = None,
+        scale: AnyArray | None = None,
+        bias: AnyArray | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Array: ...
 
     @overload
     def __call__(
         self,
-        x: Array,
+        x: AnyArray,
         state: State,
         *,
-        mask: Array | None = None,
-        scale: Array | None = None,
-        bias: Array | None = None,
+        mask: AnyArray | None = None,
+        scale: AnyArray | None = None,
+        bias: AnyArray | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Array, State]: ...
 
     def __call__(
         self,
-        x: Shaped[Array, "*shape"],
+        x: Shaped[AnyArray, "*shape"],
         state: State | None = None,
         *,
-        mask: Bool[Array, "..."] | None = None,
-        scale: Inexact[Array, "..."] | None = None,
-        bias: Inexact[Array, "..."] | None = None,
+        mask: Bool[AnyArray, "..."] | None = None,
+        scale: Inexact[AnyArray, "..."] | None = None,
+        bias: Inexact[AnyArray, "..."] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Inexact[Array, "*shape"] | tuple[Inexact[Array, "*shape"], State]:
         """**Arguments:**

@@ -1,6 +1,7 @@
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 from jaxtyping import Array
 
 
@@ -9,6 +10,8 @@ AxisName: TypeAlias = Hashable | Sequence[Hashable] | None
 AxisIndexGroups: TypeAlias = Sequence[Sequence[int]] | None
 Axes: TypeAlias = int | Sequence[int]
 Shape: TypeAlias = tuple[int, ...]
+# What a layer may be called with. What it returns is always JAX's.
+AnyArray: TypeAlias = Array | np.ndarray
 # Anything `jax.numpy.dtype` accepts: `jnp.float32` is a scalar constructor, not a type.
 DTypeLike: TypeAlias = Any
 

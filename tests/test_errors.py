@@ -89,6 +89,25 @@ TABLE = [
     Bad("too few sizes", BATCH, {"axis": (0, 1)}, SIZES),
     Bad("too few sizes", AXES, {"feature_axes": (0, 1)}, SIZES),
     Bad("no features", ALL, {}, "must be positive, got 0", num_features=0),
+    Bad(
+        "a fraction of features", ALL, {}, "`num_features` must be an integer, .*got 3.0",
+        num_features=3.0, typed=True,
+    ),
+    Bad(
+        "a fraction of an axis", AXES, {"reduction_axes": 1.0},
+        "`reduction_axes` must be an integer, or a tuple of integers, got 1.0", typed=True,
+    ),
+    Bad(
+        "a fraction of a group", ("GroupNorm",), {"num_groups": 1.5},
+        "`num_groups` must be an integer, .*got 1.5", typed=True,
+    ),
+    Bad(
+        "no groups", ("GroupNorm",), {"num_groups": 0}, "`num_features=3` cannot be divided"
+    ),
+    Bad(
+        "a name that cannot be hashed", ALL, {"axis_name": {}},
+        "`axis_name` must be a name, which can be hashed, .*got {}", typed=True,
+    ),
     Bad("short scale", ALL, {"scale_init": short}, f"`scale_init` {SHAPES}.*2"),
     Bad("short bias", BIASED, {"bias_init": short}, f"`bias_init` {SHAPES}.*2"),
     Bad("half scale", ALL, {"scale_init": half}, f"`scale_init` {SHAPES}.*float16"),
@@ -216,7 +235,8 @@ def provoke(bad: Bad, case: Case) -> None:
 def test_bad_input(bad, case):
     error = jaxtyping.TypeCheckError if bad.typed else bad.error
     # beartype names the argument.
-    match = next(iter(bad.call)) if bad.typed else f"(?s)^{case.name}: .*{bad.match}"
+    argument = next(iter([*bad.call, *bad.kwargs, "num_features"]))
+    match = f"'{argument}'" if bad.typed else f"(?s)^{case.name}: .*{bad.match}"
     with pytest.raises(error, match=match):
         provoke(bad, case)
 

@@ -145,7 +145,7 @@ MISTAKES = [
     (
         layer_without_a_name_under_vmap,
         ValueError,
-        r"no axis left to take.*`jax.vmap\(..., axis_name=...\)` and that `axis_name` to",
+        r"no axis left to take.*`jax.vmap\(..., axis_name='batch'\)`, make the layer with",
         None,
     ),
     # JAX's own words: whether the state is meant to differ from example to example, only
