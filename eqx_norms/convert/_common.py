@@ -60,6 +60,11 @@ def check_scale_offset(layer: AbstractNorm, source: str):
         )
 
 
+def as_num_features(shape: Shape) -> int | Shape:
+    """As one would give it to a constructor."""
+    return shape[0] if len(shape) == 1 else shape
+
+
 def feature_axes(layer: AbstractNorm) -> tuple[int, ...]:
     if isinstance(layer, BatchNorm):
         return layer.axis
@@ -114,10 +119,14 @@ def with_init(layer: Any, value: Any) -> Any:
 
 
 def with_state(layer: Any) -> Any:
-    """A layer as its maker returns it: `(layer, state)` if it has one."""
-    if hasattr(layer, "state_index"):
-        return eqx.nn.make_with_state(lambda: layer)()
-    return layer
+    """A layer as its maker returns it: `(layer, state)` if it has one. If it was in a model
+    the state is a part of that model's: `model_state.update(state)`."""
+    if not hasattr(layer, "state_index"):
+        return layer
+    if isinstance(layer.state_index.marker, str):
+        # The name that `make_with_state` gave it there. Again, it would give another.
+        return eqx.nn.delete_init_state(layer), State(layer)
+    return eqx.nn.make_with_state(lambda: layer)()
 
 
 def contents(layer: Any, state: State | None, source: str) -> dict[str, Array]:

@@ -16,6 +16,7 @@ from .._spectral_norm import SpectralNorm, SpectralStats
 from .._state import get_state
 from .._weight_norm import WeightNorm
 from ._common import (
+    as_num_features,
     kind,
     running_stats,
     type_name,
@@ -190,7 +191,12 @@ def _parameters(layer: Any) -> tuple[Array | None, Array | None]:
 def _layer_norm(layer: Any, read: _Read) -> LayerNorm | RMSNorm:
     make = RMSNorm if isinstance(layer, eqx.nn.RMSNorm) else LayerNorm
     axes = tuple(range(-len(layer.shape), 0))
-    new = make(layer.shape, epsilon=layer.eps, reduction_axes=axes, feature_axes=axes)
+    new = make(
+        as_num_features(layer.shape),
+        epsilon=layer.eps,
+        reduction_axes=axes,
+        feature_axes=axes,
+    )
     return with_parameters(new, *_parameters(layer))
 
 

@@ -14,6 +14,7 @@ from .._instance_norm import InstanceNorm
 from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
 from ._common import (
+    as_num_features,
     axes_order,
     check_entries,
     contents,
@@ -108,7 +109,7 @@ def from_flax(
         options["use_running_average"] = bool(layer.use_running_average)
     if name == "GroupNorm" and layer.num_groups is None:
         options["group_size"] = layer.group_size
-    new = make(shape[0] if len(shape) == 1 else shape, **options)
+    new = make(as_num_features(shape), **options)
     new = with_parameters(new, arrays.get("params/scale"), arrays.get("params/bias"))
     if name == "BatchNorm":
         mean, var = arrays["batch_stats/mean"], arrays["batch_stats/var"]

@@ -14,6 +14,7 @@ from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
 from .._types import AxisName
 from ._common import (
+    as_num_features,
     axes_order,
     check_entries,
     check_scale_offset,
@@ -271,7 +272,9 @@ def _group_norm(source: Any, batched: bool, axis_name: AxisName) -> GroupNorm:
 def _over_last_axes(make: Any, source: Any, epsilon: float) -> AbstractNorm:
     shape = tuple(source.normalized_shape)
     axes = tuple(range(-len(shape), 0))
-    return make(shape, epsilon=epsilon, reduction_axes=axes, feature_axes=axes)
+    return make(
+        as_num_features(shape), epsilon=epsilon, reduction_axes=axes, feature_axes=axes
+    )
 
 
 def _layer_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:

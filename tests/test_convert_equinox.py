@@ -1,0 +1,515 @@
+"""Norms of `equinox.nn`, and whole models of them, against what they become."""
+
+import sys
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eqx_norms as en
+from eqx_norms import convert
+
+from .helpers import float64, normal
+
+
+KEY = jax.random.key(0)
+BN = eqx.nn.BatchNorm
+
+
+def lenient():
+    """Equinox promotes dtypes implicitly."""
+    return jax.numpy_dtype_promotion("standard")
+
+
+def conv(**kwargs):
+    return eqx.nn.Conv2d(3, 4, 2, key=KEY, **kwargs)
+
+
+def shaken(layer):
+    """All floating-point arrays moved at random: ones and zeros hide mistakes."""
+    generator = np.random.default_rng(0)
+
+    def move(leaf):
+        if not eqx.is_inexact_array(leaf):
+            return leaf
+        return leaf + jnp.asarray(generator.normal(0, 0.25, leaf.shape), leaf.dtype)
+
+    return jax.tree.map(move, layer)
+
+
+def forward(layer, state, x) -> tuple[Any, Any]:
+    """One example at a time, as Equinox's layers require."""
+    with lenient():
+        if state is None:
+            return jax.vmap(layer)(x), None
+        batched = jax.vmap(layer, in_axes=(0, None), out_axes=(0, None), axis_name="batch")
+        return batched(x, state)
+
+
+call = eqx.filter_jit(forward)
+
+
+def evaluate(layer, state, x):
+    return call(eqx.nn.inference_mode(layer), state, x)[0]
+
+
+def close(actual, expected, tolerance=2e-6):
+    assert actual.dtype == expected.dtype
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+STATELESS = {
+    "LayerNorm": (lambda: eqx.nn.LayerNorm(5), (5,)),
+    "LayerNorm, several axes": (lambda: eqx.nn.LayerNorm((3, 4, 5), 1e-2), (3, 4, 5)),
+    "LayerNorm, no weight": (lambda: eqx.nn.LayerNorm(5, use_weight=False), (5,)),
+    "LayerNorm, no bias": (lambda: eqx.nn.LayerNorm(5, use_bias=False), (5,)),
+    "RMSNorm": (lambda: eqx.nn.RMSNorm((4, 5), 1e-2), (4, 5)),
+    "RMSNorm, no weight": (lambda: eqx.nn.RMSNorm(5, use_weight=False), (5,)),
+    "RMSNorm, no bias": (lambda: eqx.nn.RMSNorm(5, use_bias=False), (5,)),
+    "GroupNorm": (lambda: eqx.nn.GroupNorm(2, 6, 1e-2), (6, 3, 3)),
+    "GroupNorm, vectors": (lambda: eqx.nn.GroupNorm(3, 6), (6,)),
+    "GroupNorm, plain": (
+        lambda: eqx.nn.GroupNorm(2, 6, channelwise_affine=False),
+        (6, 3),
+    ),
+    "WeightNorm": (lambda: eqx.nn.WeightNorm(conv()), (3, 4, 4)),
+    "WeightNorm, other axis": (lambda: eqx.nn.WeightNorm(conv(), axis=1), (3, 4, 4)),
+    "WeightNorm, no axis": (lambda: eqx.nn.WeightNorm(conv(), axis=None), (3, 4, 4)),
+}
+
+
+def test_as_made_by_hand():
+    made = en.LayerNorm(3, epsilon=1e-5)
+    assert eqx.tree_equal(convert.from_equinox(eqx.nn.LayerNorm(3)), made)
+
+
+@pytest.mark.parametrize("name", STATELESS)
+def test_stateless(name):
+    make, shape = STATELESS[name]
+    old = shaken(make())
+    new = convert.from_equinox(old)
+    assert type(new) is getattr(en, type(old).__name__)
+    x = 3 + normal(7, (2, *shape))
+
+    @eqx.filter_jit
+    @eqx.filter_grad(has_aux=True)
+    def grad(layer):
+        y, _ = call(layer, None, x)
+        return jnp.sum(jnp.sin(y)), y
+
+    (old_grads, expected), (new_grads, y) = grad(old), grad(new)
+    close(y, expected, 1e-5)
+    pairs = zip(jax.tree.leaves(old_grads), jax.tree.leaves(new_grads), strict=True)
+    for before, after in pairs:
+        close(after.reshape(before.shape), before, 1e-4)
+
+
+def trained(make, x, steps=3) -> tuple[Any, Any]:
+    old, state = eqx.nn.make_with_state(make)()
+    old = shaken(old)
+    for _ in range(steps):
+        _, state = call(old, state, x)
+    return old, state
+
+
+SPECTRAL = {
+    "linear": lambda k: eqx.nn.SpectralNorm(eqx.nn.Linear(3, 4, key=k), "weight", key=k),
+    "conv": lambda k: eqx.nn.SpectralNorm(conv(), "weight", 2, inference=True, key=k),
+}
+STATEFUL = {
+    "batch": (lambda: BN(4, "batch", 1e-2, momentum=0.9, mode="batch"), (4, 3)),
+    "batch, plain": (lambda: BN(4, "batch", channelwise_affine=False, mode="batch"), (4,)),
+    "ema": (lambda: BN(4, ["batch"], momentum=0.8, inference=True, mode="ema"), (4, 3)),
+    "spectral, linear": (lambda: SPECTRAL["linear"](KEY), (3,)),
+    "spectral, conv": (lambda: SPECTRAL["conv"](KEY), (3, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_stateful(name, steps):
+    make, shape = STATEFUL[name]
+    x = 3 + 2 * normal(7, (8, *shape))
+    old, state = trained(make, x, steps)
+    before = jax.tree.leaves((old, state))
+    new, new_state = convert.from_equinox(old, state)
+    assert type(new) is getattr(en, type(old).__name__)
+    assert new.inference is old.inference
+    expected = evaluate(old, state, x)
+    close(evaluate(new, new_state, x), expected, 1e-5)
+    # What was given can be used again, and was not changed.
+    for a, b in zip(jax.tree.leaves((old, state)), before, strict=True):
+        assert a is b
+    # The result does without the layer's initial state, as from `make_with_state`.
+    assert jax.tree.leaves(new.state_index) == []
+    call(new, new_state, x)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_initial_state(name):
+    """Before `make_with_state`, the state is in the layer."""
+    make, shape = STATEFUL[name]
+    x = normal(7, (8, *shape))
+    new, new_state = convert.from_equinox(make())
+    old, state = eqx.nn.make_with_state(make)()
+    close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps", "count"),
+    [("batch", 0, 0), ("batch", 4, 4), ("ema", 0, 0), ("ema", 4, 1)],
+)
+def test_batch_norm_count(mode, steps, count):
+    """An "ema" layer only knows whether there was a batch."""
+    old, state = trained(lambda: BN(4, "batch", mode=mode), normal(7, (8, 4)), steps)
+    new, new_state = convert.from_equinox(old, state)
+    np.testing.assert_array_equal(new.running_stats(new_state).count, [count] * 4)
+
+
+def test_batch_norm_training():
+    """Output and running statistics of a step, from the debiased ones on."""
+    x = 3 + 2 * normal(7, (8, 4, 5))
+    old, state = trained(lambda: BN(4, "batch", momentum=0.9, mode="batch"), x)
+    new, new_state = convert.from_equinox(old, state)
+    batch = 1 + normal(8, x.shape)
+    close(call(new, new_state, batch)[0], call(old, state, batch)[0], 1e-5)
+    start = new.running_stats(new_state)
+    after = new.running_stats(call(new, new_state, batch)[1])
+    expected = 0.9 * start.mean + 0.1 * jnp.mean(batch, (0, 2))
+    close(after.mean, expected)
+    close(after.var, 0.9 * start.var + 0.1 * jnp.var(batch, (0, 2)), 1e-5)
+
+
+def test_spectral_norm_training():
+    """Different vectors at first, the same limit."""
+    x = normal(7, (8, 3))
+    old, state = eqx.nn.make_with_state(SPECTRAL["linear"])(KEY)
+    new, new_state = convert.from_equinox(old, state)
+    for _ in range(3):
+        y, state = call(old, state, x)
+        new_y, new_state = call(new, new_state, x)
+        close(new_y, y, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision(dtype):
+    """Parameters keep their dtype, statistics are float32."""
+    x = normal(7, (8, 4)).astype(dtype)
+    old, state = trained(lambda: BN(4, "batch", mode="batch", dtype=dtype), x)
+    new, new_state = convert.from_equinox(old, state)
+    assert new.scale.dtype == new.bias.dtype == dtype
+    assert new.running_stats(new_state).mean.dtype == jnp.float32
+    np.testing.assert_array_equal(new.scale, old.weight)
+    norm = convert.from_equinox(eqx.nn.LayerNorm(4, dtype=dtype))
+    assert norm.scale.dtype == norm(jnp.ones(4, dtype)).dtype == dtype
+
+
+def test_stacked_layers():
+    """Layers made by `vmap`, for a scan over them or an ensemble."""
+    x = normal(7, (8, 4))
+    keys = jax.random.split(KEY, 3)
+    make = lambda key: (eqx.nn.LayerNorm(4), BN(4, "batch", mode="batch"))  # noqa: E731
+    old, state = eqx.filter_vmap(eqx.nn.make_with_state(make))(keys)
+    old = shaken(old)
+    new, new_state = convert.replace_norms(old, state)
+
+    @eqx.filter_vmap(in_axes=(eqx.if_array(0), eqx.if_array(0)))
+    def both(model, state):
+        norm, batch_norm = eqx.nn.inference_mode(model)
+        return forward(batch_norm, state, forward(norm, None, x)[0])[0]
+
+    close(both(new, new_state), both(old, state), 1e-5)
+
+
+# -- Whole models.
+
+
+class Block(eqx.Module):
+    convs: list[eqx.nn.Conv2d]
+    norms: tuple[BN, BN]
+    shortcut: eqx.nn.Sequential
+
+    def __init__(self, inputs, outputs, key):
+        a, b, c = jax.random.split(key, 3)
+        self.convs = [
+            eqx.nn.Conv2d(inputs, outputs, 3, padding=1, use_bias=False, key=a),
+            eqx.nn.Conv2d(outputs, outputs, 3, padding=1, use_bias=False, key=b),
+        ]
+        self.norms = (norm(outputs), norm(outputs))
+        project = [eqx.nn.Conv2d(inputs, outputs, 1, key=c), norm(outputs)]
+        self.shortcut = eqx.nn.Sequential(project if inputs != outputs else [])
+
+    def __call__(self, x, state):
+        y = x
+        for layer, norm in zip(self.convs, self.norms, strict=True):
+            y, state = norm(layer(y), state)
+            y = jax.nn.relu(y)
+        if self.shortcut.layers:
+            x, state = self.shortcut(x, state)
+        return x + y, state
+
+
+class ResNet(eqx.Module):
+    """21 of BatchNorm, and one each of GroupNorm, LayerNorm and RMSNorm."""
+
+    stem: eqx.nn.Sequential
+    blocks: dict[str, list[Block]]
+    head: eqx.nn.Sequential
+
+    def __init__(self, key):
+        a, b, *keys = jax.random.split(key, 11)
+        self.stem = eqx.nn.Sequential(
+            [eqx.nn.Conv2d(1, 2, 3, padding=1, key=a), eqx.nn.GroupNorm(1, 2), norm(2)]
+        )
+        sizes = [(2, 4)] + [(4, 4)] * 4 + [(4, 6)] + [(6, 6)] * 3
+        blocks = [Block(*size, key) for size, key in zip(sizes, keys, strict=True)]
+        self.blocks = {"first": blocks[:5], "second": blocks[5:]}
+        self.head = eqx.nn.Sequential(
+            [eqx.nn.LayerNorm(6), eqx.nn.Linear(6, 3, key=b), eqx.nn.RMSNorm(3)]
+        )
+
+    def __call__(self, x, state):
+        x, state = self.stem(x, state)
+        for blocks in self.blocks.values():
+            for block in blocks:
+                x, state = block(x, state)
+        return self.head(jnp.mean(x, (1, 2))), state
+
+
+def norm(features):
+    return BN(features, "batch", mode="batch")
+
+
+def filled(structure):
+    """Random numbers, without the time it takes to compile their initializers."""
+
+    def fill(leaf):
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        count = jnp.issubdtype(leaf.dtype, jnp.integer)
+        value = 3 if count else float(len(leaf.shape) == 1)
+        return jnp.asarray(np.full(leaf.shape, value), leaf.dtype)
+
+    return shaken(jax.tree.map(fill, structure))
+
+
+def norms_in(model, *kinds):
+    is_leaf = lambda node: isinstance(node, kinds)  # noqa: E731
+    return [n for n in jax.tree.leaves(model, is_leaf=is_leaf) if is_leaf(n)]
+
+
+EQUINOX = (BN, eqx.nn.GroupNorm, eqx.nn.LayerNorm, eqx.nn.RMSNorm)
+OURS = (en.BatchNorm, en.GroupNorm, en.LayerNorm, en.RMSNorm)
+
+
+def test_resnet():
+    """A training step's loss and gradients, and evaluation, in float64."""
+    with float64():
+        old, state = filled(eqx.filter_eval_shape(eqx.nn.make_with_state(ResNet), KEY))
+        x = normal(7, (4, 1, 8, 8), jnp.float64)
+
+        def run(model, state):
+            """Loss and gradients of a training step, and evaluation."""
+            arrays, static = eqx.partition((model, state), eqx.is_array)
+
+            def loss(model, state):
+                return jnp.sum(jnp.sin(forward(model, state, x)[0]))
+
+            def both(arrays):
+                model, state = eqx.combine(arrays, static)
+                step = eqx.filter_value_and_grad(loss)(model, state)
+                return step, evaluate(model, state, x)
+
+            # Without optimisation: it is compilation that takes the time.
+            options = {
+                "xla_backend_optimization_level": 0,
+                "xla_llvm_disable_expensive_passes": True,
+            }
+            return jax.jit(both, compiler_options=options)(arrays)
+
+        new, new_state = convert.replace_norms(old, state)
+        assert len(norms_in(old, *EQUINOX)) == len(norms_in(new, *OURS)) == 24
+        assert norms_in(new, *EQUINOX) == []
+
+        # Scale and bias are among the leaves where weight and bias were.
+        expected, actual = run(old, state), run(new, new_state)
+        pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+        for after, before in pairs:
+            close(after, before, 1e-8)
+
+
+class Counter(eqx.nn.StatefulLayer):
+    """Another layer with a state."""
+
+    index: eqx.nn.StateIndex
+
+    def __init__(self):
+        self.index = eqx.nn.StateIndex(41)
+
+    def __call__(self, x, state, *, key=None):
+        return x, state.set(self.index, state.get(self.index) + 1)
+
+
+def mixed():
+    return eqx.nn.Sequential(
+        [
+            Counter(),
+            norm(3),
+            eqx.nn.Lambda(jax.nn.relu),
+            eqx.nn.Sequential([eqx.nn.LayerNorm(3), norm(3)]),
+            SPECTRAL["linear"](KEY),
+        ]
+    )
+
+
+def test_other_states_are_kept():
+    x = 3 + normal(7, (8, 3))
+    old, state = trained(mixed, x)
+    new, new_state = convert.replace_norms(old, state)
+    assert new_state.get(new[0].index) == state.get(old[0].index) == 44
+    close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
+    # Training goes on, from both.
+    call(new, new_state, x)
+    call(old, state, x)
+    # One layer more for each layer less: nothing of the old ones is left.
+    assert len(jax.tree.leaves(new_state)) == 1 + 3 + 3 + 3
+
+
+def test_a_part_of_a_model():
+    x = 3 + normal(7, (8, 3))
+    old, state = trained(mixed, x)
+    part, new_state = convert.replace_norms(old[3], state)
+    new = eqx.tree_at(lambda model: model.layers[3], old, part)
+    close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
+
+
+def test_before_make_with_state():
+    x = 3 + normal(7, (8, 3))
+    new, new_state = eqx.nn.make_with_state(lambda: convert.replace_norms(mixed()))()
+    old, state = eqx.nn.make_with_state(mixed)()
+    close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
+    # The same, model and state, as when converted afterwards, but for names.
+    later, later_state = convert.replace_norms(old, state)
+    for a, b in [(new, later), (new_state, later_state)]:
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            if eqx.is_array(x) and jnp.issubdtype(x.dtype, jnp.number):
+                np.testing.assert_array_equal(x, y)
+
+
+def test_shared_state():
+    """One layer at two places has one state, as long as `make_with_state` leaves it so."""
+    layer = norm(3)
+    model = eqx.nn.Sequential([layer, eqx.nn.LayerNorm(3), layer])
+    state = eqx.nn.State(model)
+    old = eqx.nn.delete_init_state(model)
+    new, new_state = convert.replace_norms(old, state)
+    x = 3 + normal(7, (8, 3))
+    for _ in range(2):
+        _, state = call(old, state, x)
+        _, new_state = call(new, new_state, x)
+    # Each call was two batches of the one layer.
+    np.testing.assert_array_equal(new[0].running_stats(new_state).count, [4] * 3)
+    assert len(jax.tree.leaves(new_state)) == 3
+    fresh = convert.replace_norms(model)
+    assert len(jax.tree.leaves(eqx.nn.State(fresh))) == 3
+
+
+def test_shared_layers():
+    """`equinox.nn.Shared`: a layer can be converted, a weight alone cannot."""
+    pair = [eqx.nn.LayerNorm(3), eqx.nn.LayerNorm(3)]
+    shared = shaken(eqx.nn.Shared(pair, lambda p: p[1], lambda p: p[0]))
+    first, second = convert.replace_norms(shared)()
+    assert type(first) is en.LayerNorm
+    assert first.scale is second.scale
+    tied = eqx.nn.Shared(pair, lambda p: p[1].weight, lambda p: p[0].weight)
+    with pytest.raises(
+        ValueError, match=r"LayerNorm: weight and bias must be .*SharedNode"
+    ):
+        convert.replace_norms(tied)
+
+
+def test_wrapped_norms():
+    """Norms inside a wrapper are replaced with it."""
+
+    class Normed(eqx.Module):
+        weight: jax.Array
+        norm: eqx.nn.LayerNorm
+
+        def __call__(self, x):
+            return self.norm(self.weight @ x)
+
+    old = eqx.nn.WeightNorm(Normed(normal(1, (4, 3)), shaken(eqx.nn.LayerNorm(4))))
+    new = convert.replace_norms([old])[0]
+    assert type(new.layer.norm) is en.LayerNorm
+    x = normal(7, (2, 3))
+    close(call(new, None, x)[0], call(old, None, x)[0], 1e-5)
+
+
+class Doubled(eqx.nn.LayerNorm):
+    def __init__(self):
+        super().__init__(3)
+
+    def __call__(self, x, state=None, *, key=None) -> Any:
+        return 2 * super().__call__(x)
+
+
+class Renamed(eqx.nn.LayerNorm):
+    def __init__(self):
+        super().__init__(3)
+
+
+def test_subclasses():
+    """Those that compute something else are none of our business."""
+    model = convert.replace_norms([Doubled(), Renamed()])
+    assert [type(layer) for layer in model] == [Doubled, en.LayerNorm]
+
+
+@pytest.mark.parametrize(
+    "layer", [eqx.nn.Linear(2, 2, key=KEY), Doubled(), en.LayerNorm(3), jnp.ones(3), None]
+)
+def test_no_counterpart(layer):
+    with pytest.raises(ValueError, match=r"no counterpart for .*LayerNorm.* `equinox.nn`"):
+        convert.from_equinox(layer)
+    with pytest.raises(ValueError, match=r"no norm in this model: no BatchNorm, .* of `eq"):
+        convert.replace_norms([layer])
+
+
+def test_channels_not_known():
+    layer = eqx.nn.GroupNorm(2, channelwise_affine=False)
+    with pytest.raises(
+        ValueError, match=r"`channels=None` does not say .* with `channels`"
+    ):
+        convert.from_equinox(layer)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_missing_or_foreign(name):
+    old, _ = eqx.nn.make_with_state(STATEFUL[name][0])()
+    for function in (convert.from_equinox, convert.replace_norms):
+        with pytest.raises(
+            ValueError, match=r"took it out .* `replace_norms\(model, state\)"
+        ):
+            function(old)
+        _, foreign = eqx.nn.make_with_state(Counter)()
+        with pytest.raises(ValueError, match="holds nothing for this layer"):
+            function(old, foreign)
+
+
+# -- Without PyTorch.
+
+
+def test_state_dict_of_arrays():
+    """As a file of arrays gives it; nothing of PyTorch is needed."""
+    entries = {"weight": np.full(3, 2, np.float32), "bias": np.ones(3, np.float32)}
+    layer = convert.from_torch(entries, like=en.LayerNorm(3))
+    np.testing.assert_array_equal(layer.scale, entries["weight"])
+    np.testing.assert_array_equal(layer.bias, entries["bias"])
+
+
+def test_pytorch_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match=r"to_torch_state_dict: needs PyTorch"):
+        convert.to_torch_state_dict(en.LayerNorm(3))
