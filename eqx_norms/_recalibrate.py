@@ -1,23 +1,25 @@
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from equinox.nn import State
-from jaxtyping import PyTree
 
 from ._batch_norm import BatchNorm, change_layers
 from ._running import PooledStats, RunningStats
 from ._state import get_state
 
 
+Model = TypeVar("Model")
+
+
 def recalibrate(
-    model: PyTree,
+    model: Model,
     state: State,
     batches: Iterable[Any],
-    forward: Callable[[PyTree, State, Any], tuple[Any, State]],
+    forward: Callable[[Model, State, Any], tuple[Any, State]],
     *,
     progress: bool = False,
 ) -> State:
@@ -102,7 +104,7 @@ def recalibrate(
     return _replace(state, layers, stats)
 
 
-def _layers(model: PyTree) -> dict[str, BatchNorm]:
+def _layers(model: Any) -> dict[str, BatchNorm]:
     """The layers to recalibrate, by where they are in the model."""
     nodes, _ = jax.tree_util.tree_flatten_with_path(
         model, is_leaf=lambda node: isinstance(node, BatchNorm)

@@ -5,7 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from equinox.nn import State, StateIndex
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .._batch_norm import BatchNorm
 from .._dtypes import promote
@@ -47,6 +47,12 @@ def from_equinox(layer: Any, state: State | None = None) -> Any:
     The result's dtype is what input, scale and bias promote to; in Equinox's `LayerNorm`,
     `RMSNorm` and `GroupNorm` it is that of the input.
 
+    !!! example
+
+        ```python
+        norm = en.convert.from_equinox(eqx.nn.GroupNorm(4, 16))
+        ```
+
     **Arguments:**
 
     - `layer`: a `BatchNorm`, `GroupNorm`, `LayerNorm`, `RMSNorm`, `SpectralNorm` or
@@ -74,22 +80,24 @@ def from_equinox(layer: Any, state: State | None = None) -> Any:
     return with_state(_convert(layer, _reader(state)))
 
 
-def replace_norms(model: PyTree, state: State | None = None) -> Any:
+def replace_norms(model: Any, state: State | None = None) -> Any:
     """Carries every norm of `equinox.nn` in a model over, wherever it is in the tree, as
     [`eqx_norms.convert.from_equinox`][] does for one.
 
     !!! example
 
         ```python
-        model, state = eqx.nn.make_with_state(Model)(key)
+        def make(key):
+            linear = eqx.nn.Linear(3, 8, key=key)
+            norm = eqx.nn.BatchNorm(8, axis_name="batch", mode="batch")
+            return eqx.nn.Sequential([linear, norm, eqx.nn.LayerNorm(8)])
+
+        model, state = eqx.nn.make_with_state(make)(jax.random.key(0))
         model, state = en.replace_norms(model, state)
-        ```
 
-        Or, before there is a state:
-
-        ```python
-        make = lambda key: en.replace_norms(Model(key))
-        model, state = eqx.nn.make_with_state(make)(key)
+        # Or, before there is a state:
+        renewed = lambda key: en.replace_norms(make(key))
+        model, state = eqx.nn.make_with_state(renewed)(jax.random.key(0))
         ```
 
     Model and state given stay as they were. Layers that share their state go on to share
@@ -141,7 +149,7 @@ def _convert(layer: Any, read: _Read) -> Any:
     return _BUILDERS[name](layer, read)
 
 
-def _replace(model: PyTree, read: _Read) -> Any:
+def _replace(model: Any, read: _Read) -> Any:
     return jax.tree.map(
         lambda node: _convert(node, read) if _is_norm(node) else node,
         model,
@@ -149,7 +157,7 @@ def _replace(model: PyTree, read: _Read) -> Any:
     )
 
 
-def _indices(tree: PyTree) -> list[StateIndex]:
+def _indices(tree: Any) -> list[StateIndex]:
     is_index = lambda node: isinstance(node, StateIndex)  # noqa: E731
     return [n for n in jax.tree.leaves(tree, is_leaf=is_index) if is_index(n)]
 

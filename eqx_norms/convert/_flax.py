@@ -56,6 +56,14 @@ def from_flax(
     The result computes what the layer did, up to rounding: statistics that Flax would
     square before it shifts them, or read in half precision, are more exact.
 
+    !!! example
+
+        ```python
+        from flax import nnx
+
+        norm, state = en.convert.from_flax(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+        ```
+
     **Arguments:**
 
     - `layer`: a `BatchNorm`, `LayerNorm`, `RMSNorm`, `GroupNorm` or `InstanceNorm` of
@@ -123,18 +131,18 @@ def to_flax_variables(layer: Any, state: State | None = None) -> dict[str, Any]:
     !!! example
 
         ```python
+        from flax import linen, nnx
+
+        norm, state = eqx.nn.make_with_state(en.BatchNorm)(3)
         variables = en.convert.to_flax_variables(norm, state)
-        y = flax.linen.BatchNorm(use_running_average=True).apply(variables, x)
+        y = linen.BatchNorm(use_running_average=True).apply(variables, jnp.ones((2, 3)))
+
+        # Into an nnx layer, where the features of several axes are flattened to one:
+        layer = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+        for collection in variables.values():
+            for name, value in collection.items():
+                getattr(layer, name)[...] = value.reshape(-1)
         ```
-
-        Into an nnx layer, with the features of several axes flattened to one:
-
-        ```python
-        for name, value in variables["params"].items():
-            getattr(nnx_layer, name)[...] = value.reshape(-1)
-        ```
-
-        and likewise `variables["batch_stats"]`.
 
     **Arguments:**
 

@@ -61,15 +61,19 @@ def from_torch(
 
     !!! example
 
-        A whole `state_dict`, for one layer of it:
-
         ```python
+        import torch
+
+        norm, state = en.convert.from_torch(torch.nn.BatchNorm2d(8))
+
+        # One layer of a whole state dict:
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         entries = {
-            name.removeprefix("bn1."): value
-            for name, value in state_dict.items()
-            if name.startswith("bn1.")
+            name.removeprefix("1."): value
+            for name, value in model.state_dict().items()
+            if name.startswith("1.")
         }
-        bn1, state = en.convert.from_torch(entries, like=en.BatchNorm(64, axis=1))
+        norm, state = en.convert.from_torch(entries, like=en.BatchNorm(8, axis=1))
         ```
 
     **Arguments:**
