@@ -192,13 +192,15 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
         stats = SpectralStats(u, v, jnp.ones((), real_dtype(dtype)))
         return self._update(weight, stats, _FIRST_STEPS)
 
-    def _update(self, weight: Array, stats: SpectralStats, steps: int) -> SpectralStats:
-        weight = lax.stop_gradient(weight).astype(stats.u.dtype)
+    def _update(self, weight: Array, old: SpectralStats, steps: int) -> SpectralStats:
+        weight, stats = lax.stop_gradient(weight).astype(old.u.dtype), old
         for _ in range(steps):
             stats = _step(weight, stats, self._features(weight), self.epsilon)
         sigma = _sigma(weight, stats)
         sigma = jnp.where(jnp.isfinite(sigma), sigma, stats.sigma)
-        return SpectralStats(stats.u, stats.v, sigma)
+        # Sharded as before, so that a step can be the body of a scan.
+        u, v = shard_like(stats.u, old.u), shard_like(stats.v, old.v)
+        return SpectralStats(u, v, sigma)
 
     def _normalized(self, weight: Array, stats: SpectralStats) -> Array:
         wide = weight.astype(promote(weight.dtype, stats.u.dtype))

@@ -31,12 +31,15 @@ class Case:
     # For a call that leaves the state as it is.
     evaluation: dict[str, Any] = field(default_factory=dict)
 
+    def create(self, num_features: Any = 8, **kwargs: Any) -> Any:
+        """The layer alone; one with a state wants `make_with_state` around this."""
+        return self.make(num_features, **{**self.kwargs, **kwargs})
+
     def build(self, num_features: Any = 8, **kwargs: Any) -> tuple[Any, Any]:
         """The layer, and its state or `None`."""
-        make = lambda: self.make(num_features, **{**self.kwargs, **kwargs})  # noqa: E731
         if self.stateful:
-            return eqx.nn.make_with_state(make)()
-        return make(), None
+            return eqx.nn.make_with_state(self.create)(num_features, **kwargs)
+        return self.create(num_features, **kwargs), None
 
     def expected(self, layer: Any, state: Any, x: jax.Array) -> jax.Array:
         """The output for a batch with its features last, in plain code."""
@@ -53,6 +56,8 @@ class Norm(Case):
     center: bool = True
     has_bias: bool = True
     groups: tuple[int, int] | None = None
+    # Arguments for features along the second of three axes, that is to say before space.
+    features_first: dict[str, Any]
     # Whether it is for batches of vectors too, or for those with axes of space alone.
     on_vectors: bool = True
     random: dict[str, Any] = field(
@@ -98,20 +103,21 @@ class Wrapper(Case):
     # From layer and state, what is used in the place of the weight.
     weight: Callable[[Any, Any], jax.Array]
 
-    def build(
+    def create(
         self,
         num_features: Any = 8,
         *,
         param_dtype: Any = jnp.float32,
         key: Any = None,
         **kwargs: Any,
-    ) -> tuple[Any, Any]:
-        key = jax.random.key(0) if key is None else key
+    ) -> Any:
+        key = jax.random.key(99) if key is None else key
         wrapped = Matrix(num_features, param_dtype, key)
-        return super().build(wrapped, param_dtype=param_dtype, key=key, **kwargs)
+        return super().create(wrapped, param_dtype=param_dtype, key=key, **kwargs)
 
     def expected(self, layer: Any, state: Any, x: jax.Array) -> jax.Array:
-        return x @ self.weight(layer, state).T
+        weight = self.weight(layer, state)
+        return eqx.tree_at(lambda wrapped: wrapped.weight, layer.layer, weight)(x)
 
 
 def _length_given(layer: Any, state: Any) -> jax.Array:
@@ -128,9 +134,9 @@ def _largest_singular_value_one(layer: Any, state: Any) -> jax.Array:
         fixed = jax.lax.stop_gradient(weight)
         for _ in range(layer.n_steps):
             v = fixed.conj().T @ u
-            v = v / jnp.linalg.norm(v)
+            v = v / jnp.linalg.norm(v).astype(v.dtype)
             u = fixed @ v
-            u = u / jnp.linalg.norm(u)
+            u = u / jnp.linalg.norm(u).astype(u.dtype)
     return weight / jnp.real(u.conj() @ weight @ v).astype(weight.dtype)
 
 
@@ -140,17 +146,22 @@ NORMS = [
         make=en.BatchNorm,
         stateful=True,
         reduction_axes=lambda ndim: tuple(range(ndim - 1)),
+        features_first={"axis": 1},
         per_example={"axis_name": "batch"},
         evaluation={"use_running_average": True},
     ),
     Norm(
-        name="LayerNorm", make=en.LayerNorm, reduction_axes=lambda ndim: (ndim - 1,)
+        name="LayerNorm",
+        make=en.LayerNorm,
+        reduction_axes=lambda ndim: (ndim - 1,),
+        features_first={"reduction_axes": 1, "feature_axes": 1},
     ),
     Norm(
         name="RMSNorm",
         make=en.RMSNorm,
         learned=1,
         reduction_axes=lambda ndim: (ndim - 1,),
+        features_first={"reduction_axes": 1, "feature_axes": 1},
         center=False,
         has_bias=False,
     ),
@@ -158,6 +169,7 @@ NORMS = [
         name="GroupNorm",
         make=en.GroupNorm,
         reduction_axes=lambda ndim: tuple(range(1, ndim)),
+        features_first={"feature_axis": 1},
         groups=(-1, 2),
         on_vectors=False,
         kwargs={"num_groups": 2},
@@ -167,6 +179,7 @@ NORMS = [
         name="InstanceNorm",
         make=en.InstanceNorm,
         reduction_axes=lambda ndim: tuple(range(1, ndim - 1)),
+        features_first={"feature_axes": 1},
         on_vectors=False,
         per_example={"batch_axes": ()},
     ),
@@ -331,6 +344,15 @@ def normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.A
 def float64():
     with jax.enable_x64(True):
         yield
+
+
+def quick_jit(f: Callable[..., Any], **kwargs: Any) -> Any:
+    """Where compiling takes all the time: XLA is asked to do as little as it can."""
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    }
+    return jax.jit(f, compiler_options=options, **kwargs)
 
 
 def bytes_kept(f: Callable[..., Any], *args: Any) -> int:

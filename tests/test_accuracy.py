@@ -22,11 +22,11 @@ from .benchmarks.accuracy import (
     names,
     pytorch,
 )
-from .helpers import LAYERS, all_layers, call, clone, normal, over, reference, vector_layers
+from .helpers import NORMS, all_norms, call, clone, normal, over, reference
 
 
 # The data is laid out as one row for each statistic, which groups of features are not.
-row_layers = over(*(case for case in LAYERS if case.groups is None))
+row_layers = over(*(case for case in NORMS if case.groups is None))
 compiled_call = eqx.filter_jit(call)
 modes = pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
@@ -35,7 +35,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name
 @ft.cache
 def build(name, num_features, dtype, fast, epsilon=EPSILON):
     # Cached, as a new state index means a new compilation.
-    (case,) = (case for case in LAYERS if case.name == name)
+    (case,) = (case for case in NORMS if case.name == name)
     return case.build(num_features, dtype=dtype, use_fast_variance=fast, epsilon=epsilon)
 
 
@@ -164,7 +164,7 @@ def test_fast_variance_with_a_shift_far_from_the_mean(case):
     assert (np.abs(run(case, x, fast=False) - expected) <= allowed).all()
 
 
-@all_layers
+@all_norms
 @modes
 def test_masked_and_vmapped_data_has_the_exact_bound(case, fast):
     x = 1e4 + np.random.default_rng(2).standard_normal((16, 8, 32)).astype(np.float32)
@@ -202,7 +202,7 @@ half_dtypes = pytest.mark.parametrize(
 )
 
 
-@all_layers
+@all_norms
 @half_dtypes
 def test_half_precision_with_parameters(case, dtype):
     """Scale and bias join in float32, before the one cast."""
@@ -227,7 +227,7 @@ def test_half_precision_with_parameters(case, dtype):
     assert one_rounding(y, expected)
 
 
-@all_layers
+@all_norms
 @half_dtypes
 def test_half_precision_in_evaluation(case, dtype):
     """The running statistics stay float32: in half precision the mean would be off by a
@@ -249,7 +249,7 @@ def test_half_precision_in_evaluation(case, dtype):
     assert one_rounding(y, expected)
 
 
-@all_layers
+@all_norms
 def test_half_precision_running_statistics(case):
     if not case.stateful:
         pytest.skip("has no running statistics")
@@ -266,13 +266,13 @@ def test_half_precision_running_statistics(case):
 
 
 def over_devices(case, **kwargs):
-    """The layer with its statistics over a mesh axis, and that axis of a 2-d input."""
-    (axis,) = case.reduction_axes(2)
-    size = 16 if axis == 0 else 64
-    layer, state = case.build(size, axis_name="device", epsilon=EPSILON, **kwargs)
-    spec = P(*["device" if a == axis else None for a in range(2)])
+    """The layer with its statistics over a mesh axis too, and that axis of the input."""
+    axis = case.reduction_axes(3)[0]
+    shape = tuple(64 if a == axis else 4 for a in range(3))
+    layer, state = case.build(shape[-1], axis_name="device", epsilon=EPSILON, **kwargs)
+    spec = P(*["device" if a == axis else None for a in range(3)])
     # Parameters along a split axis would have to be split as well.
-    parameters = spec[-1:] if axis == 1 else P()
+    parameters = spec[-1:] if axis == 2 else P()
     specs = jax.tree.map(lambda leaf: P(*parameters), eqx.filter(layer, eqx.is_array))
     arrays, static = eqx.partition(layer, eqx.is_array)
 
@@ -281,25 +281,26 @@ def over_devices(case, **kwargs):
 
     mesh = jax.make_mesh((8,), ("device",), axis_types=(AxisType.Auto,))
     sharded = jax.shard_map(f, mesh=mesh, in_specs=(specs, spec), out_specs=spec)
-    shape = (64, 16) if axis == 0 else (16, 64)
-    return jax.jit(ft.partial(sharded, arrays)), shape, axis
+    return jax.jit(ft.partial(sharded, arrays)), shape
 
 
-@vector_layers
+@all_norms
 def test_exact_over_devices(case):
-    f, shape, axis = over_devices(case, use_fast_variance=False)
+    f, shape = over_devices(case, use_fast_variance=False)
     x = 1e4 + normal(7, shape)
-    expected, _, _ = reference(x, (axis,), **case.formula, epsilon=EPSILON)
+    axes = case.reduction_axes(3)
+    expected, _, _ = reference(x, axes, **case.formula, epsilon=EPSILON)
     assert error(np.asarray(f(x)), expected) <= 4 * 2.0**-24 * np.abs(expected).max()
 
 
-@vector_layers
+@all_norms
 @modes
 def test_half_precision_over_devices(case, fast):
     """What travels is float32."""
-    f, shape, axis = over_devices(case, use_fast_variance=fast, dtype=jnp.bfloat16)
+    f, shape = over_devices(case, use_fast_variance=fast, dtype=jnp.bfloat16)
     x = (3 + normal(8, shape)).astype(jnp.bfloat16)
-    expected, _, _ = reference(x, (axis,), **case.formula, epsilon=EPSILON)
+    axes = case.reduction_axes(3)
+    expected, _, _ = reference(x, axes, **case.formula, epsilon=EPSILON)
     assert one_rounding(f(x), expected)
     text = f.lower(x).as_text()
     sums = [line for line in text.splitlines() if "all_reduce" in line]

@@ -1,26 +1,28 @@
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
 from eqx_norms._affine import check_num_features, init_affine
 
-from .helpers import LAYERS, call, normal, randomize, reference, vector_layers
+from .helpers import NORMS, all_norms, call, normal, over, randomize, reference
 
 
-SHAPE = (4, 8)
-with_bias = pytest.mark.parametrize(
-    "case",
-    [case for case in LAYERS if case.has_bias and case.on_vectors],
-    ids=lambda case: case.name,
-)
+# Batch, space and features.
+SHAPE = (3, 4, 8)
+with_bias = over(*(case for case in NORMS if case.has_bias))
+
+
+def lead(parameter):
+    return None if parameter is None else np.asarray(parameter)[None, None]
 
 
 def expected(case, layer, x, scale, bias):
     y, _, _ = reference(
         x,
         case.reduction_axes(x.ndim),
-        center=case.center,
+        **case.formula,
         epsilon=layer.epsilon,
         scale=scale,
         bias=bias,
@@ -43,7 +45,7 @@ def test_num_features():
         check_num_features(-3, (-1,), layer="Layer")
 
 
-@vector_layers
+@all_norms
 def test_defaults(case):
     layer, _ = case.build()
     assert np.all(layer.scale == 1)
@@ -53,7 +55,7 @@ def test_defaults(case):
         assert layer.bias.dtype == jnp.float32
 
 
-@vector_layers
+@all_norms
 def test_use_scale_and_use_bias(case):
     x = 2 + normal(0, SHAPE)
     for kwargs in ({"use_scale": False}, {"use_bias": False} if case.has_bias else {}):
@@ -63,11 +65,11 @@ def test_use_scale_and_use_bias(case):
         if case.has_bias:
             assert (layer.bias is None) == ("use_bias" in kwargs)
         y = call(layer, state, x)
-        want = expected(case, layer, x, layer.scale, getattr(layer, "bias", None))
+        want = expected(case, layer, x, lead(layer.scale), lead(layer.bias))
         np.testing.assert_allclose(y, want, atol=1e-5)
 
 
-@vector_layers
+@all_norms
 def test_initializers(case):
     """They get a key, the feature shape and the dtype, as those of JAX do."""
     seen = []
@@ -115,42 +117,63 @@ def test_what_an_initializer_raises_with_a_key_is_its_own():
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-@vector_layers
+@all_norms
 def test_initializer_may_return_numpy(case):
     layer, _ = case.build(scale_init=lambda key, shape, dtype: np.full(shape, 2, dtype))
     assert isinstance(layer.scale, jax.Array)
     assert np.all(layer.scale == 2)
 
 
-@vector_layers
+@all_norms
 def test_scale_offset(case):
     """Added in the precision of the statistics: a bfloat16 scale keeps its small part."""
     x = 2 + normal(0, SHAPE)
     tiny = lambda key, shape, dtype: jnp.full(shape, 2.0**-10, dtype)  # noqa: E731
     layer, state = case.build(scale_init=tiny, scale_offset=1.0, param_dtype=jnp.bfloat16)
     y = call(layer, state, x)
-    want = expected(case, layer, x, np.full(8, 1 + 2.0**-10)[None], None)
+    want = expected(case, layer, x, lead(np.full(8, 1 + 2.0**-10)), None)
     np.testing.assert_allclose(y, want, atol=2e-6)
 
 
 # Scale and bias given at the call: per feature, or broadcasting to the input.
 
 
-@vector_layers
-@pytest.mark.parametrize("shape", [(8,), (1,), (4, 1), (4, 8), ()])
-def test_given_at_the_call(case, shape):
+GIVEN = {
+    "per feature": (8,),
+    "per example": (3, 1, 8),
+    "per position": (3, 4, 1),
+    "full size": SHAPE,
+    "from space on": (4, 8),
+    "a number": (),
+}
+
+
+@all_norms
+@pytest.mark.parametrize("shape", GIVEN.values(), ids=GIVEN)
+@pytest.mark.parametrize("first", [False, True], ids=["features last", "features first"])
+def test_given_at_the_call(case, shape, first):
     x = 2 + normal(0, SHAPE)
-    layer, state = case.build()
+    layer, state = case.build(**(case.features_first if first else {}))
     layer = randomize(layer)
     scale, bias = normal(1, shape), normal(2, shape)
-    y = call(layer, state, x, scale=scale, bias=bias)
-    learned = layer.bias[None] if case.has_bias else np.zeros((1, 1))
-    scale = np.asarray(layer.scale)[None] + np.asarray(scale)
-    want = expected(case, layer, x, scale, np.asarray(learned) + np.asarray(bias))
-    np.testing.assert_allclose(y, want, atol=2e-5)
+
+    def move(a):
+        """Of a shape per feature, and of a number, there is but one form."""
+        return a if a.ndim < 2 or not first else jnp.moveaxis(a, -1, -2)
+
+    y = call(layer, state, move(x), scale=move(scale), bias=move(bias))
+    learned = 0.0 if layer.bias is None else lead(layer.bias)
+    want = expected(
+        case,
+        layer,
+        x,
+        lead(layer.scale) + np.asarray(scale),
+        learned + np.asarray(bias),
+    )
+    np.testing.assert_allclose(y, move(jnp.asarray(want)), atol=2e-5)
 
 
-@vector_layers
+@all_norms
 def test_given_alone(case):
     """Where the layer has none of its own, what is given is all there is."""
     x = 2 + normal(0, SHAPE)
@@ -170,7 +193,7 @@ def test_given_alone(case):
     np.testing.assert_allclose(grads[1], np.ones(SHAPE))
 
 
-@vector_layers
+@all_norms
 def test_given_decides_the_dtype_too(case):
     x = normal(0, SHAPE).astype(jnp.bfloat16)
     layer, state = case.build(param_dtype=jnp.bfloat16)
@@ -178,3 +201,16 @@ def test_given_decides_the_dtype_too(case):
     given = jnp.ones(8, jnp.float32)
     assert call(layer, state, x, scale=given).dtype == jnp.float32
     assert call(layer, state, x, bias=given).dtype == jnp.float32
+
+
+@all_norms
+def test_given_as_a_python_number(case, monkeypatch):
+    """Without type checks it does as well; as everywhere in JAX, it has no say in the
+    dtype."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    x = normal(0, SHAPE).astype(jnp.bfloat16)
+    layer, state = case.build(param_dtype=jnp.bfloat16)
+    y = call(layer, state, x, scale=0.5, bias=1.0)
+    assert y.dtype == jnp.bfloat16
+    want = expected(case, layer, x, 1.5, 1.0)
+    np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=2.0**-8, atol=1e-5)

@@ -15,7 +15,17 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from .helpers import LAYERS, all_layers, call, float64, normal, over, plain, vector_layers
+from .helpers import (
+    NORMS,
+    all_norms,
+    call,
+    float64,
+    normal,
+    over,
+    plain,
+    quick_jit,
+    vector_norms,
+)
 
 
 SHAPE = (3, 4, 6)
@@ -112,15 +122,6 @@ def derivatives(f, x, params, *, every=False):
     return out
 
 
-def quick_jit(f):
-    """Compiling takes all the time here, so XLA is asked to do as little as it can."""
-    options = {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    }
-    return jax.jit(f, compiler_options=options)
-
-
 def compare(problem, *inputs, every=False):
     ours, plain = (
         quick_jit(ft.partial(derivatives, f, every=every))
@@ -135,7 +136,7 @@ def compare(problem, *inputs, every=False):
             jax.tree.map(close, found[name], value)
 
 
-@all_layers
+@all_norms
 def test_against_plain_code(case):
     """On data with and, as the epsilon leaves nothing to avoid, without variance."""
     with float64():
@@ -143,7 +144,7 @@ def test_against_plain_code(case):
         compare(Problem(case), 3 + normal(0, SHAPE, jnp.float64), constant, every=True)
 
 
-@vector_layers
+@vector_norms
 def test_several_axes_and_a_mask(case):
     """Features along the last two axes, and statistics over more than one."""
     shape = (2, 3, 4, 5)
@@ -157,7 +158,7 @@ def test_several_axes_and_a_mask(case):
         compare(Problem(case, shape, num_features=(4, 5), mask=mask, **kwargs), x)
 
 
-@all_layers
+@all_norms
 def test_complex(case):
     """And centred first, not shifted by a guess."""
     with float64():
@@ -165,7 +166,7 @@ def test_complex(case):
         compare(Problem(case, param_dtype=jnp.complex128, use_fast_variance=False), x)
 
 
-@all_layers
+@all_norms
 def test_statistics_over_a_vmapped_axis(case):
     """Outside an inner `jit` too, where a collective in a custom rule has no name."""
     with float64():
@@ -187,7 +188,7 @@ def test_statistics_over_a_vmapped_axis(case):
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@all_layers
+@all_norms
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 def test_finite_differences(case, masked):
     with float64():
@@ -198,7 +199,7 @@ def test_finite_differences(case, masked):
         check_grads(f, (x, problem.params), order=2, modes=("fwd", "rev"), rtol=1e-3)
 
 
-@all_layers
+@all_norms
 @pytest.mark.parametrize("vmapped", [False, True], ids=["batched", "per example"])
 def test_zero_variance_without_epsilon(case, vmapped):
     """Output and derivatives are zero where there is no variance, and right elsewhere."""
@@ -236,7 +237,7 @@ def test_zero_variance_without_epsilon(case, vmapped):
 
 
 # A group has more positions than one.
-@over(*(case for case in LAYERS if case.groups is None))
+@over(*(case for case in NORMS if case.groups is None))
 def test_one_position_a_statistic(case):
     """A single position is its own mean: the limit is zero, and finite, also without an
     epsilon."""

@@ -7,21 +7,32 @@ import pytest
 import eqx_norms as en
 from eqx_norms._dtypes import check_dtype, promote, real_dtype, result_dtype
 
-from .helpers import call, clone, float64, normal, randomize, reference, vector_layers
+from .helpers import (
+    Norm,
+    all_layers,
+    all_norms,
+    call,
+    clone,
+    float64,
+    normal,
+    randomize,
+    reference,
+)
 
 
 BF16, F16, F32, F64 = jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64
 C64, C128 = jnp.complex64, jnp.complex128
+SHAPE = (3, 4, 8)
 DTYPES = [jnp.bool_, jnp.int8, jnp.uint32, BF16, F16]
 
 
 def data(dtype):
-    """Six batches of eight features; small whole numbers are exact in every dtype."""
+    """Batch, space and eight features; small whole numbers are exact in every dtype."""
     if dtype == jnp.bool_:
-        return normal(0, (6, 8)) > 0
-    x = jnp.round(3 * normal(0, (6, 8))) + 4
+        return normal(0, SHAPE) > 0
+    x = jnp.round(3 * normal(0, SHAPE)) + 4
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        return jax.lax.complex(x, jnp.round(2 * normal(1, (6, 8)))).astype(dtype)
+        return jax.lax.complex(x, jnp.round(2 * normal(1, SHAPE))).astype(dtype)
     return jnp.abs(x).astype(dtype)
 
 
@@ -75,23 +86,30 @@ def test_check_dtype():
             check_dtype(dtype, layer="Layer", argument="dtype")
 
 
-def expected_output(case, layer, x):
-    scale, bias = (None if p is None else p[None] for p in (layer.scale, layer.bias))
-    axes = case.reduction_axes(2)
-    y, _, _ = reference(
-        x, axes, center=case.center, epsilon=layer.epsilon, scale=scale, bias=bias
-    )
-    return y
+def widen(leaf):
+    """To float64 or complex128."""
+    if not eqx.is_inexact_array(leaf):
+        return leaf
+    return leaf.astype(C128 if jnp.iscomplexobj(leaf) else F64)
 
 
 def check(case, x, dtype, param_dtype, result):
-    """The right dtype, and one rounding to it from the right number."""
+    """The right dtype, and one rounding to it from the right number.
+
+    A wrapper's dtypes are those of the weight that the wrapped layer is called with. So it
+    is given the identity, which has no say in the result, and shows the weight.
+    """
+    if not isinstance(case, Norm):
+        x = jnp.eye(8, dtype=jnp.int32)
     layer, state = case.build(dtype=dtype, param_dtype=param_dtype)
     layer = randomize(layer)
-    assert layer.scale.dtype == param_dtype
+    learned = jax.tree.leaves(eqx.filter(layer, eqx.is_inexact_array))
+    assert {leaf.dtype for leaf in learned} == {np.dtype(param_dtype)}
     y = eqx.filter_jit(call)(layer, state, x)
     assert y.dtype == result
-    expected = expected_output(case, layer, x)
+    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(F32)
+    with float64():
+        expected = np.asarray(case.expected(*jax.tree.map(widen, (layer, state, x))))
     # Half an ulp of the output, and the float32 arithmetic before.
     error = np.abs(np.asarray(y).astype(expected.dtype) - expected)
     arithmetic = 1e-5 if jnp.finfo(result).bits < 64 or result == C64 else 1e-13
@@ -99,13 +117,13 @@ def check(case, x, dtype, param_dtype, result):
     assert np.all(error <= half_ulp * np.abs(expected) + arithmetic)
 
 
-@vector_layers
+@all_norms
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 def test_input_dtypes(case, dtype):
     check(case, data(dtype), None, F32, F32)
 
 
-@vector_layers
+@all_layers
 @pytest.mark.parametrize(
     ("x", "dtype", "param_dtype", "result"),
     [
@@ -122,7 +140,7 @@ def test_result_is_rounded_once(case, x, dtype, param_dtype, result):
     check(case, data(x), dtype, param_dtype, result)
 
 
-@vector_layers
+@all_norms
 def test_without_parameters(case):
     """The input decides alone."""
     kwargs = {"use_bias": False} if case.has_bias else {}
@@ -132,34 +150,53 @@ def test_without_parameters(case):
         assert call(layer, state, data(dtype)).dtype == result
 
 
-@vector_layers
+@all_layers
 def test_float64(case):
     with float64():
-        x = normal(0, (6, 8), F64)
+        x = normal(0, SHAPE, F64)
         check(case, x, None, F64, F64)
-        # As wide as the input, with float32 parameters as well, and in evaluation.
-        check(case, x, None, F32, F64)
         check(case, x, F32, F32, F32)
         check(case, x.astype(F32), F32, F64, F32)
 
 
-@vector_layers
+@all_norms
+def test_float64_input(case):
+    """As wide as the input, with float32 parameters as well."""
+    with float64():
+        check(case, normal(0, SHAPE, F64), None, F32, F64)
+
+
+@all_layers
 def test_complex(case):
-    x = data(C64)
-    check(case, x, None, C64, C64)
-    weights = normal(2, (2, *x.shape))
-    loss = lambda y: jnp.sum(weights[0] * y.real + weights[1] * y.imag)  # noqa: E731
+    check(case, data(C64), None, C64, C64)
     with float64():
         # Against differences, in a random direction.
         layer, state = case.build(param_dtype=C128)
-        x, weights = x.astype(C128), weights.astype(F64)
-        v = jax.lax.complex(normal(3, x.shape, F64), normal(4, x.shape, F64))
-        loss_at = jax.jit(lambda x: loss(call(layer, state, x)))
-        gradient = jax.grad(loss_at)(x)
+        params, static = eqx.partition(randomize(layer), eqx.is_inexact_array)
+        at = params, data(C64).astype(C128)
+        weights = normal(2, (2, *SHAPE), F64)
+        # Differences see the steps of training, which no gradient flows through.
+        kwargs = {} if isinstance(case, Norm) else case.evaluation
+
+        @jax.jit
+        def loss(at):
+            params, x = at
+            y = call(eqx.combine(params, static), state, x, **kwargs)
+            return jnp.sum(weights[0] * y.real + weights[1] * y.imag)
+
+        leaves, treedef = jax.tree.flatten(at)
+        along = jax.tree.unflatten(
+            treedef, [normal(3 + i, leaf.shape, C128) for i, leaf in enumerate(leaves)]
+        )
         # JAX's convention: the conjugate of the direction of steepest ascent.
-        slope = jnp.sum((gradient * v).real)
+        products = jax.tree.map(
+            lambda g, v: jnp.sum((g * v).real), jax.grad(loss)(at), along
+        )
         h = 1e-6
-        ahead, behind = (loss_at(x + s * h * v) for s in (1, -1))
+        ahead, behind = (
+            loss(jax.tree.map(lambda a, v, s=s: a + s * h * v, at, along)) for s in (1, -1)
+        )
+        slope = sum(jax.tree.leaves(products))
         np.testing.assert_allclose(slope, (ahead - behind) / (2 * h), rtol=1e-6)
 
 
@@ -175,9 +212,9 @@ def test_running_statistics_are_wide(param_dtype, dtype):
     stats = layer.running_stats(state)
     assert (stats.mean.dtype, stats.var.dtype) == (F32, F32)
     assert stats.count.dtype == jnp.int32
-    _, mean, var = reference(x, (0,))
-    np.testing.assert_allclose(stats.mean, 0.01 * mean[0], rtol=1e-5)
-    np.testing.assert_allclose(stats.var, 0.99 + 0.01 * var[0], rtol=1e-5)
+    _, mean, var = reference(x, (0, 1))
+    np.testing.assert_allclose(stats.mean, 0.01 * mean[0, 0], rtol=1e-5)
+    np.testing.assert_allclose(stats.var, 0.99 + 0.01 * var[0, 0], rtol=1e-5)
 
 
 def test_evaluation_does_not_round_the_statistics():

@@ -7,7 +7,7 @@ import pytest
 
 from .benchmarks.memory import WIDTH, temporary
 from .benchmarks.rivals import available
-from .helpers import LAYERS, all_layers, bytes_kept, call
+from .helpers import WRAPPERS, all_norms, bytes_kept, call, over, vector_norms
 
 
 # Only shapes are computed with, so they may be large. Rows of 512 however one looks at it.
@@ -16,12 +16,6 @@ LIMIT = 1.05
 
 dtypes = pytest.mark.parametrize(
     "dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__
-)
-# Those that take a batch of vectors, as a stack of blocks has them.
-on_vectors = pytest.mark.parametrize(
-    "case",
-    [case for case in LAYERS if case.name in ("BatchNorm", "LayerNorm", "RMSNorm")],
-    ids=lambda case: case.name,
 )
 
 
@@ -41,11 +35,12 @@ def options(case):
         yield {"use_bias": False}
         yield {"use_scale": False, "use_bias": False}
     yield {"use_fast_variance": False}
+    yield case.features_first
     if case.stateful:
         yield {"use_running_average": True}
 
 
-@all_layers
+@all_norms
 @dtypes
 @pytest.mark.parametrize("result", ["dtype of the input", "promoted"])
 def test_keeps_the_input_alone(case, dtype, result):
@@ -58,7 +53,7 @@ def test_keeps_the_input_alone(case, dtype, result):
         assert size <= kept(layer, state, x) <= LIMIT * size, option
 
 
-@all_layers
+@all_norms
 @dtypes
 @pytest.mark.parametrize("shape", [SHAPE, (4, 512, 1), (4, 1, 1), (512,)], ids=str)
 def test_keeps_the_input_and_the_mask(case, dtype, shape):
@@ -70,7 +65,7 @@ def test_keeps_the_input_and_the_mask(case, dtype, shape):
         assert kept(layer, state, x, mask=mask) <= LIMIT * size + mask.nbytes, option
 
 
-@all_layers
+@all_norms
 @dtypes
 def test_keeps_the_input_alone_under_vmap(case, dtype):
     x = jax.ShapeDtypeStruct((3, *SHAPE), dtype)
@@ -83,7 +78,43 @@ def test_keeps_the_input_alone_under_vmap(case, dtype):
     assert bytes_kept(f, x) <= LIMIT * size
 
 
-@on_vectors
+@all_norms
+@dtypes
+def test_given_parameters_are_kept_apart(case, dtype):
+    """The input, a given scale as large as that, and nothing else of this size: not their
+    sum with the learned ones, and no bias."""
+    x = jax.ShapeDtypeStruct(SHAPE, dtype)
+    size = x.size * x.dtype.itemsize
+    layer, state = case.build(SHAPE[-1])
+    params, static = eqx.partition(layer, eqx.is_inexact_array)
+
+    def f(params, x, scale, bias):
+        layer = eqx.combine(params, static)
+        return call(layer, state, x, scale=scale, bias=bias)
+
+    assert 2 * size <= bytes_kept(f, params, x, x, x) <= 2 * LIMIT * size
+    one = jax.ShapeDtypeStruct((SHAPE[0], 1, SHAPE[-1]), dtype)
+    assert size <= bytes_kept(f, params, x, one, one) <= LIMIT * size
+
+
+@over(*WRAPPERS)
+@dtypes
+@pytest.mark.parametrize(
+    "param_dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: f"of {dtype.__name__}"
+)
+@pytest.mark.parametrize("result", ["dtype of the input", "promoted"])
+def test_keeps_the_weight_twice(case, dtype, param_dtype, result):
+    """As it is and as it is used, besides what the wrapped layer keeps of its input."""
+    x = jax.ShapeDtypeStruct(SHAPE, dtype)
+    option = {"dtype": dtype} if result == "dtype of the input" else {}
+    layer, state = case.build(SHAPE[-1], param_dtype=param_dtype, **option)
+    weight = layer.layer.weight
+    used = jnp.dtype(option.get("dtype", param_dtype)).itemsize * weight.size
+    size = x.size * x.dtype.itemsize + weight.nbytes + used
+    assert size <= kept(layer, state, x) <= LIMIT * size
+
+
+@vector_norms
 @dtypes
 def test_scan_over_blocks(case, dtype):
     """Twelve blocks, compiled with their gradient: the peak is below that of the others."""
@@ -94,7 +125,7 @@ def test_scan_over_blocks(case, dtype):
     assert ours < min(peak.values()), peak
 
 
-@on_vectors
+@vector_norms
 @dtypes
 def test_unrolled_blocks(case, dtype):
     """Without the barrier of a loop XLA is free to keep what it likes."""

@@ -8,12 +8,23 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .helpers import all_layers, clone, normal, randomize
+from .helpers import (
+    LAYERS,
+    NORMS,
+    WRAPPERS,
+    all_norms,
+    call,
+    clone,
+    normal,
+    over,
+    randomize,
+    step,
+)
 
 
 SHAPE = 8, 6, 16
-# How the input is sharded, and how scale, bias and state are.
-SPECS = [
+# How the input is sharded, how scale, bias and state are, and how the output is.
+OF_NORMS = [
     ("batch", P("data", None, None), P(None)),
     ("rows", P(None, "model", None), P(None)),
     ("features", P(None, None, "model"), P("model")),
@@ -21,6 +32,25 @@ SPECS = [
     ("both", P("data", None, "model"), P("model")),
     ("two axes of the batch", P("data", "model", None), P(None)),
 ]
+# The same with a weight, whose rows are the features that come out.
+OF_WRAPPERS = [
+    ("batch", P("data", None, None), P(None, None), P("data", None, None)),
+    ("rows", P("data", None, None), P("model", None), P("data", None, "model")),
+    ("columns", P("data", None, None), P(None, "model"), P("data", None, None)),
+    ("rows and columns", P(None, None, None), P("data", "model"), P(None, None, "data")),
+]
+ROWS = [
+    pytest.param(case, of_x, of_params, of_x, id=f"{name}-{case.name}")
+    for name, of_x, of_params in OF_NORMS
+    for case in NORMS
+] + [
+    pytest.param(case, *specs, id=f"{name}-{case.name}")
+    for name, *specs in OF_WRAPPERS
+    for case in WRAPPERS
+]
+axis_types = pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=str
+)
 
 
 def run(layer, state, x, weights):
@@ -28,7 +58,7 @@ def run(layer, state, x, weights):
 
     def loss(layer_and_x):
         layer, x = layer_and_x
-        y, new = (layer(x), None) if state is None else layer(x, clone(state))
+        y, new = step(layer, state, x)
         return jnp.sum(jnp.sin(y) * weights), (y, new)
 
     (_, (y, new)), grads = eqx.filter_value_and_grad(loss, has_aux=True)((layer, x))
@@ -41,34 +71,36 @@ def spec(array):
     return P(*got, *[None] * (array.ndim - len(got)))
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize(
-    ("of_x", "of_params"), [s[1:] for s in SPECS], ids=[s[0] for s in SPECS]
-)
-@all_layers
-def test_equals_one_device(case, of_x, of_params, axis_type):
+def fit(spec, array):
+    """For the leading axes of an array, but those of size one."""
+    pairs = zip(spec, array.shape, strict=False)
+    fitting = [None if size == 1 else axis for axis, size in pairs]
+    return P(*fitting, *[None] * (array.ndim - len(fitting)))
+
+
+def put(tree, spec, mesh):
+    def place(leaf):
+        if not eqx.is_array(leaf):
+            return leaf
+        return jax.device_put(np.asarray(leaf), NamedSharding(mesh, fit(spec, leaf)))
+
+    return jax.tree.map(place, tree)
+
+
+@axis_types
+@pytest.mark.parametrize(("case", "of_x", "of_params", "of_y"), ROWS)
+def test_equals_one_device(case, of_x, of_params, of_y, axis_type):
     layer, state = case.build(SHAPE[-1])
     layer = randomize(layer)
     x, weights = 3 * normal(0, SHAPE) + 1, normal(1, SHAPE)
     wanted = eqx.filter_jit(run)(layer, state, x, weights)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     with jax.set_mesh(mesh):
-
-        def put(tree, spec):
-            return jax.tree.map(
-                lambda leaf: (
-                    jax.device_put(np.asarray(leaf), NamedSharding(mesh, spec))
-                    if eqx.is_array(leaf)
-                    else leaf
-                ),
-                tree,
-            )
-
         args = (
-            put(layer, of_params),
-            put(state, of_params),
-            put(x, of_x),
-            put(weights, of_x),
+            put(layer, of_params, mesh),
+            put(state, of_params, mesh),
+            put(x, of_x, mesh),
+            put(weights, of_y, mesh),
         )
         found = eqx.filter_jit(run)(*args)
     for one, other in zip(
@@ -78,27 +110,39 @@ def test_equals_one_device(case, of_x, of_params, axis_type):
     ):
         np.testing.assert_allclose(np.asarray(one), other, rtol=1e-5, atol=1e-5)
     y, new, dlayer, dx = found
-    assert spec(y) == of_x
-    assert spec(dx) == of_x
+    if axis_type == AxisType.Explicit or case in NORMS:
+        assert spec(y) == of_y
+        assert spec(dx) == of_x
     if axis_type == AxisType.Explicit:
         # What has to be said there; on an Auto mesh the compiler chooses.
         for leaf in jax.tree.leaves(eqx.filter((new, dlayer), eqx.is_array)):
-            assert spec(leaf) == of_params
+            assert spec(leaf) == fit(of_params, leaf)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@all_layers
+@axis_types
+@all_norms
 def test_without_jit(case, axis_type):
     of_x = P("data", None, "model")
     layer, state = case.build(SHAPE[-1])
     x = normal(0, SHAPE)
-
-    def apply(layer, state, x):
-        return layer(x) if state is None else layer(x, clone(state))[0]
-
-    wanted = apply(layer, state, x)
+    wanted = call(layer, state, x)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     with jax.set_mesh(mesh):
-        y = apply(layer, state, jax.device_put(np.asarray(x), NamedSharding(mesh, of_x)))
+        y = call(layer, state, put(x, of_x, mesh))
     np.testing.assert_allclose(np.asarray(y), wanted, rtol=1e-5, atol=1e-5)
     assert spec(y) == of_x
+
+
+@over(*(case for case in LAYERS if case.stateful))
+def test_replicated_state_stays_so(case):
+    """Whatever the rest is sharded like: else a step would be no body of a scan."""
+    layer, state = case.build(SHAPE[-1])
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        of_x = P("data", None, "model" if case in NORMS else None)
+        layer = put(layer, P("model"), mesh)
+        xs = put(normal(0, (3, *SHAPE)), P(None, *of_x), mesh)
+        one = lambda state, x: (step(layer, state, x)[1], None)  # noqa: E731
+        new, _ = jax.lax.scan(one, clone(put(state, P(), mesh)), xs)
+    for leaf in jax.tree.leaves(new):
+        assert spec(leaf) == P(*[None] * leaf.ndim)

@@ -8,11 +8,11 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from .helpers import LAYERS, clone, normal, reference
+from .helpers import NORMS, clone, normal, reference
 
 
 stateful = pytest.mark.parametrize(
-    "case", [case for case in LAYERS if case.stateful], ids=lambda case: case.name
+    "case", [case for case in NORMS if case.stateful], ids=lambda case: case.name
 )
 
 # Overflowing squares are finite input with a variance that is not.
@@ -280,7 +280,7 @@ def test_groups_average_what_they_counted(case):
 
 def test_bad_batches_in_a_model():
     """Through layers above and below, a bad batch leaves everything as it was."""
-    (case, *_) = (case for case in LAYERS if case.stateful)
+    (case, *_) = (case for case in NORMS if case.stateful)
 
     def make():
         return eqx.nn.Sequential([case.make(3), case.make(3)])
