@@ -299,3 +299,26 @@ def test_not_to_torch():
     several = en.InstanceNorm((3, 4), feature_axes=(1, 2))
     with pytest.raises(ValueError, match=r"has one feature axis, this one has \(1, 2\)"):
         convert.to_torch_state_dict(several)
+
+
+def test_two_layers_of_one_model_keep_their_statistics_apart():
+    class Model(eqx.Module):
+        first: en.BatchNorm
+        second: en.BatchNorm
+
+        def __init__(self):
+            self.first, self.second = (en.BatchNorm(3, axis=1) for _ in range(2))
+
+    model, state = eqx.nn.make_with_state(Model)()
+    modules = {name: shaken(BN2(3)) for name in ("first", "second")}
+    with torch.no_grad():
+        modules["second"].running_mean += 5
+    for name, module in modules.items():
+        like = getattr(model, name)
+        norm, part = convert.from_torch(module.state_dict(), like=like)
+        model = eqx.tree_at(lambda m, name=name: getattr(m, name), model, norm)
+        state = state.update(part)
+    for name, module in modules.items():
+        stats = getattr(model, name).running_stats(state)
+        np.testing.assert_array_equal(stats.mean, module.running_mean.numpy())
+        np.testing.assert_array_equal(stats.var, module.running_var.numpy())

@@ -61,7 +61,13 @@ def from_flax(
         ```python
         from flax import nnx
 
-        norm, state = en.convert.from_flax(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+        norm, norm_state = en.convert.from_flax(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+
+        # Into a model that has such a layer, and its state:
+        model, state = eqx.nn.make_with_state(lambda: [en.BatchNorm(3)])()
+        state = state.set(model[0].state_index, norm.running_stats(norm_state))
+        parameters = lambda layer: (layer.scale, layer.bias)
+        model[0] = eqx.tree_at(parameters, model[0], parameters(norm))
         ```
 
     **Arguments:**

@@ -66,14 +66,16 @@ def from_torch(
 
         norm, state = en.convert.from_torch(torch.nn.BatchNorm2d(8))
 
-        # One layer of a whole state dict:
-        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        # One layer of a whole state dict, into its place in a model and its state:
+        source = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         entries = {
             name.removeprefix("1."): value
-            for name, value in model.state_dict().items()
+            for name, value in source.state_dict().items()
             if name.startswith("1.")
         }
-        norm, state = en.convert.from_torch(entries, like=en.BatchNorm(8, axis=1))
+        model, state = eqx.nn.make_with_state(lambda: [en.BatchNorm(8, axis=1)])()
+        model[0], norm_state = en.convert.from_torch(entries, like=model[0])
+        state = state.update(norm_state)
         ```
 
     **Arguments:**
