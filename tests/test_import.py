@@ -47,3 +47,42 @@ def test_needs_no_device():
         [sys.executable, "-c", program], capture_output=True, check=True, text=True
     )
     assert run.stdout.strip() == "3"
+
+
+PROGRAMS = """
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+{hook}
+import eqx_norms as en
+
+x, key = jnp.ones((4, 2, 8)), jax.random.key(0)
+linear = eqx.nn.Linear(8, 2, key=key)
+for layer in (en.LayerNorm(8), en.GroupNorm(8, 2)):
+    print(jax.make_jaxpr(jax.grad(lambda x: layer(x).sum()))(x))
+for make, x in (
+    (lambda: en.BatchNorm(8), x),
+    (lambda: en.SpectralNorm(linear, key=key), x[0, 0]),
+):
+    layer, state = eqx.nn.make_with_state(make)()
+    print(jax.make_jaxpr(lambda x: layer(x, state))(x))
+"""
+
+
+def test_runtime_checks_leave_no_trace():
+    """The same programs with them and without: they are done while JAX traces."""
+    hook = (
+        "from jaxtyping import install_import_hook\n"
+        "install_import_hook('eqx_norms', 'beartype.beartype')"
+    )
+    off, on = (
+        subprocess.run(
+            [sys.executable, "-c", PROGRAMS.format(hook=hook)],
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        for hook in ("", hook)
+    )
+    assert off == on
+    assert off.count("lambda") >= 4
