@@ -1,13 +1,27 @@
 """What happens on several devices: `python -m tests.benchmarks.devices`.
 
+They are virtual devices of the CPU, whatever else there is.
+
 Batch norm in training over eight devices, with a mask that counts a different number of
 positions on each, or besides none on one of them: the largest error of the output, where
 it is counted, against float64 on all the data at once. Whether it runs inside
 `jax.shard_map` with its default checks, one example at a time. And how many all-reduces
 stand in the compiled forward and backward pass.
+
+    python -m tests.benchmarks.devices --all-reduces LayerNorm,BatchNorm
+
+prints as JSON how many stand there for each library, where `jax.jit` alone decides on them
+from how the input is split: along the batch, or along the features.
 """
 
+import argparse
+import json
+import os
 import warnings
+from typing import Any
+
+
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
@@ -18,11 +32,12 @@ import equinox as eqx  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from flax import linen  # noqa: E402
-from jax.sharding import AxisType  # noqa: E402
+from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import eqx_norms as en  # noqa: E402
-from tests.helpers import count_in_hlo, reference  # noqa: E402
+from tests.benchmarks.rivals import Functional, available  # noqa: E402
+from tests.helpers import NORMS, count_in_hlo, reference  # noqa: E402
 
 
 MESH = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
@@ -58,6 +73,58 @@ def mapped(f, number):
     )
 
 
+def count_all_reduces(
+    layer: Functional, shape: tuple[int, ...], spec: P
+) -> tuple[int, int]:
+    """Of the forward pass, and of it with the gradients of the input and all parameters,
+    for an input that is split like that, and parameters as it is along the features."""
+
+    def put(spec):
+        return lambda leaf: jax.device_put(leaf, NamedSharding(MESH, spec))
+
+    state, static = eqx.partition(layer.state, eqx.is_array)
+    x = put(spec)(jnp.ones(shape))
+    features = P(*spec[len(shape) - 1 :])
+    params, state = jax.tree.map(
+        lambda leaf: put(features if leaf.ndim else P())(leaf), (layer.params, state)
+    )
+
+    def forward(x, params, state):
+        y, new = layer.apply(params, eqx.combine(state, static), x)
+        return y, eqx.filter(new, eqx.is_array)
+
+    def both(x, params, state):
+        y, backward, new = jax.vjp(
+            lambda x, params: forward(x, params, state), x, params, has_aux=True
+        )
+        return y, new, backward(jnp.sin(y))
+
+    args = (x, params, state)
+    return count_in_hlo(forward, *args), count_in_hlo(both, *args)
+
+
+def count_all(names: list[str]) -> list[dict[str, Any]]:
+    """One record for each layer and library; `None` where it does not compile."""
+    made = []
+    for case in (case for case in NORMS if case.name in names):
+        shape, layout = ((64, 64), "NC") if case.on_vectors else ((64, 4, 4, 64), "NHWC")
+        splits = {
+            "batch": P("devices"),
+            "features": P(*(None,) * (len(shape) - 1), "devices"),
+        }
+        for library, layer in available(case, shape[-1], layout=layout).items():
+            record: dict[str, Any] = {"layer": case.name, "library": library}
+            for split, spec in splits.items():
+                try:
+                    forward, both = count_all_reduces(layer, shape, spec)
+                except (TypeError, ValueError):
+                    forward = both = None
+                record[f"{split}: forward"] = forward
+                record[f"{split}: both"] = both
+            made.append(record)
+    return made
+
+
 def attempt(f):
     try:
         return f()
@@ -66,7 +133,13 @@ def attempt(f):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all-reduces", metavar="LAYERS", help="count these, as JSON")
+    layers = parser.parse_args().all_reduces
     warnings.simplefilter("ignore")
+    if layers is not None:
+        print(json.dumps(count_all(layers.split(","))))
+        return
 
     def error(layer, mask):
         expected, _, _ = reference(X, (0,), epsilon=1e-5, mask=mask)

@@ -6,6 +6,7 @@ Kept: what `jax.vjp` of one layer keeps. Scanned and unrolled: temporary memory 
 compiled gradient of twelve blocks `x + gelu(norm(x) @ w)`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -13,26 +14,33 @@ import jax
 import jax.numpy as jnp
 
 from tests.benchmarks.rivals import Functional, available
-from tests.benchmarks.tables import show
-from tests.helpers import NORMS, bytes_kept
+from tests.benchmarks.tables import show_records, track
+from tests.helpers import NORMS, Norm, bytes_kept
 
 
 BATCH, WIDTH, BLOCKS = 512, 256, 12
+# As many positions, for the layers that want axes of space.
+SPACE = (8, 8, 8)
 
 
-def kept(layer: Functional, dtype: Any) -> float:
-    x = jnp.zeros((BATCH, WIDTH), dtype)
+def kept(layer: Functional, dtype: Any, shape: tuple[int, ...] = (BATCH, WIDTH)) -> float:
+    x = jnp.zeros(shape, dtype)
     return bytes_kept(lambda p, x: layer.apply(p, layer.state, x)[0], layer.params, x) / (
         x.nbytes
     )
 
 
 def temporary(
-    layer: Functional, dtype: Any, *, scanned: bool, blocks: int = BLOCKS
+    layer: Functional,
+    dtype: Any,
+    *,
+    scanned: bool,
+    blocks: int = BLOCKS,
+    shape: tuple[int, ...] = (BATCH, WIDTH),
 ) -> float:
     """Weights are differentiated as well, so that the normalised input is wanted."""
     w = jnp.zeros((blocks, WIDTH, WIDTH), dtype)
-    x = jnp.zeros((BATCH, WIDTH), dtype)
+    x = jnp.zeros(shape, dtype)
     state, static = eqx.partition(layer.state, eqx.is_array)
     params, state = jax.tree.map(
         lambda leaf: jnp.stack([leaf] * blocks), (layer.params, state)
@@ -60,20 +68,37 @@ def temporary(
     return analysis.temp_size_in_bytes / x.nbytes
 
 
-def main() -> None:
-    rows = []
-    for case in (case for case in NORMS if case.on_vectors):
+def records(
+    cases: Sequence[Norm], *, quick: bool = False, track: Any = track
+) -> list[dict[str, Any]]:
+    made = []
+    for case in track(cases, "memory"):
+        shape, layout = ((BATCH, WIDTH), "NC")
+        if not case.on_vectors:
+            shape, layout = ((*SPACE, WIDTH), "NHWC")
         for dtype in (jnp.float32, jnp.bfloat16):
-            for library, layer in available(case, WIDTH, dtype).items():
-                figures = (
-                    kept(layer, dtype),
-                    temporary(layer, dtype, scanned=True),
-                    temporary(layer, dtype, scanned=False),
-                )
-                texts = (f"{figure:.2f}" for figure in figures)
-                rows.append([case.name, jnp.dtype(dtype).name, library, *texts])
-    title = f"Memory in units of the input ({BATCH} by {WIDTH})"
-    show(title, ["layer", "dtype", "library", "kept", "scanned", "unrolled"], rows, text=3)
+            for library, layer in available(case, WIDTH, dtype, layout).items():
+                record = {
+                    "layer": case.name,
+                    "dtype": jnp.dtype(dtype).name,
+                    "library": library,
+                    "kept": kept(layer, dtype, shape),
+                }
+                for name, scanned in (("scanned", True), ("unrolled", False)):
+                    record[name] = (
+                        None
+                        if quick
+                        else temporary(layer, dtype, scanned=scanned, shape=shape)
+                    )
+                made.append(record)
+    return made
+
+
+TITLE = f"Memory in units of the input ({BATCH} by {WIDTH})"
+
+
+def main() -> None:
+    show_records(TITLE, records(NORMS), text=3)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The same layer in several libraries, each as a function of parameters, state and input.
 
-Input is batched, with features last. Equinox's layers take one example, so they stand
-inside a `vmap`, as they would in a model.
+Input is batched, in one of the layouts below. Equinox's layers take one example, so they
+stand inside a `vmap`, as they would in a model. A library that lacks the layer, or the
+layer in this layout, is left out.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from tests.helpers import Case, clone
+from tests.helpers import Norm, clone
+
+
+# Vectors; images with their channels last, and first.
+LAYOUTS = ("NC", "NHWC", "NCHW")
 
 
 class Functional(NamedTuple):
@@ -22,26 +27,39 @@ class Functional(NamedTuple):
     state: Any
 
 
-def _ours(case: Case, num_features: int, dtype: Any) -> Functional:
-    layer, state = case.build(num_features, param_dtype=dtype)
+def _batched(layer: Any, *, stateful: bool) -> Any:
+    axes = (0, None)
+    return jax.vmap(layer, axes, axes, axis_name="batch") if stateful else jax.vmap(layer)
+
+
+def ours(
+    case: Norm, num_features: int, dtype: Any, layout: str, *, per_example: bool = False
+) -> Functional:
+    kwargs = dict(case.features_first) if layout == "NCHW" else {}
+    if per_example:
+        kwargs = {name: axis - 1 for name, axis in kwargs.items()} | case.per_example
+    layer, state = case.build(num_features, param_dtype=dtype, **kwargs)
     params, static = eqx.partition(layer, eqx.is_inexact_array)
 
     def apply(params, state, x):
         layer = eqx.combine(params, static)
+        if per_example:
+            layer = _batched(layer, stateful=case.stateful)
         return layer(x, clone(state)) if case.stateful else (layer(x), state)
 
     return Functional(apply, params, state)
 
 
-def _flax(case: Case, num_features: int, dtype: Any) -> Functional | None:
+def _flax(case: Norm, num_features: int, dtype: Any, layout: str) -> Functional | None:
     from flax import nnx
 
-    make = getattr(nnx, case.name, None)
-    if make is None:
-        return None
-    layer = make(
-        num_features, **case.kwargs, param_dtype=dtype, dtype=dtype, rngs=nnx.Rngs(0)
-    )
+    kwargs = dict(case.kwargs)
+    if layout == "NCHW":
+        if case.name == "GroupNorm":
+            return None
+        kwargs |= case.features_first
+    make = getattr(nnx, case.name)
+    layer = make(num_features, **kwargs, param_dtype=dtype, dtype=dtype, rngs=nnx.Rngs(0))
     graph, params, state = nnx.split(layer, nnx.Param, ...)
 
     def apply(params, state, x):
@@ -54,43 +72,75 @@ def _flax(case: Case, num_features: int, dtype: Any) -> Functional | None:
     return Functional(apply, params, state)
 
 
-def _equinox(case: Case, num_features: int, dtype: Any) -> Functional | None:
+def _equinox(case: Norm, num_features: int, dtype: Any, layout: str) -> Functional | None:
+    n = num_features
+
+    def batch_norm():
+        return eqx.nn.BatchNorm(n, axis_name="batch", mode="batch", dtype=dtype)
+
     makes = {
-        "LayerNorm": lambda: eqx.nn.LayerNorm(num_features, dtype=dtype),
-        "RMSNorm": lambda: eqx.nn.RMSNorm(num_features, dtype=dtype),
-        "BatchNorm": lambda: eqx.nn.BatchNorm(
-            num_features, axis_name="batch", mode="batch", dtype=dtype
-        ),
-    }
+        "NC": {
+            "LayerNorm": lambda: eqx.nn.LayerNorm(n, dtype=dtype),
+            "RMSNorm": lambda: eqx.nn.RMSNorm(n, use_bias=False, dtype=dtype),
+            "BatchNorm": batch_norm,
+        },
+        "NHWC": {},
+        "NCHW": {
+            "GroupNorm": lambda: eqx.nn.GroupNorm(
+                case.kwargs["num_groups"], n, dtype=dtype
+            ),
+            # What a user of Equinox takes for it.
+            "InstanceNorm": lambda: eqx.nn.GroupNorm(n, n, dtype=dtype),
+            "BatchNorm": batch_norm,
+        },
+    }[layout]
     if case.name not in makes:
         return None
     layer, state = eqx.nn.make_with_state(makes[case.name])()
     params, static = eqx.partition(layer, eqx.is_inexact_array)
 
     def apply(params, state, x):
-        layer = eqx.combine(params, static)
-        if case.stateful:
-            axes = (0, None)
-            layer = jax.vmap(layer, axes, axes, axis_name="batch")
-        else:
-            for _ in range(x.ndim - 1):
-                layer = jax.vmap(layer)
+        layer = _batched(eqx.combine(params, static), stateful=case.stateful)
+        for _ in range(x.ndim - 2 if layout == "NC" else 0):
+            layer = jax.vmap(layer)
         with jax.numpy_dtype_promotion("standard"):
             return layer(x, state) if case.stateful else (layer(x), state)
 
     return Functional(apply, params, state)
 
 
-LIBRARIES: dict[str, Callable[[Case, int, Any], Functional | None]] = {
-    "eqx_norms": _ours,
+LIBRARIES: dict[str, Callable[[Norm, int, Any, str], Functional | None]] = {
+    "eqx_norms": ours,
     "flax": _flax,
     "equinox": _equinox,
 }
 
 
 def available(
-    case: Case, num_features: int, dtype: Any = jnp.float32
+    case: Norm, num_features: int, dtype: Any = jnp.float32, layout: str = "NC"
 ) -> dict[str, Functional]:
-    """The libraries that have the layer."""
-    made = {name: make(case, num_features, dtype) for name, make in LIBRARIES.items()}
+    made = {
+        name: make(case, num_features, dtype, layout) for name, make in LIBRARIES.items()
+    }
     return {name: layer for name, layer in made.items() if layer is not None}
+
+
+def pytorch(
+    case: Norm, num_features: int, dtype: Any, layout: str, *, device: str
+) -> Any | None:
+    """A module in training mode. Its images have channels second; those of `"NHWC"` lie in
+    memory with channels last all the same."""
+    from torch import nn
+
+    n = num_features
+    kwargs: dict[str, Any] = {"dtype": dtype, "device": device}
+    makes = {
+        "LayerNorm": lambda: nn.LayerNorm(n, **kwargs),
+        "RMSNorm": lambda: nn.RMSNorm(n, **kwargs),
+        "BatchNorm": lambda: (nn.BatchNorm1d if layout == "NC" else nn.BatchNorm2d)(
+            n, **kwargs
+        ),
+        "GroupNorm": lambda: nn.GroupNorm(case.kwargs["num_groups"], n, **kwargs),
+        "InstanceNorm": lambda: nn.InstanceNorm2d(n, affine=True, **kwargs),
+    }
+    return makes[case.name]() if case.name in makes else None

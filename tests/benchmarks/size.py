@@ -9,6 +9,7 @@ and compiling take their time for. Times are of processes of their own, the best
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,11 +17,13 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from tests.benchmarks.rivals import Functional, available
-from tests.benchmarks.tables import show
-from tests.helpers import NORMS
+from tests.benchmarks.tables import show_records, track
+from tests.helpers import NORMS, Norm
 
 
 SHAPE = (64, 256)
+# For the layers that want axes of space.
+IMAGES = (64, 4, 4, 256)
 
 # One program a library: import it, make the layer, and have the first gradient.
 START = """
@@ -45,8 +48,10 @@ IMPORTS = {
 }
 
 
-def make_program(library: str, layer: str, *, stateful: bool) -> str:
-    width = SHAPE[1]
+def make_program(
+    library: str, layer: str, *, stateful: bool, shape: tuple[int, ...] = SHAPE
+) -> str:
+    width = shape[-1]
     with_state = "layer, state = eqx.nn.make_with_state"
     if library == "flax":
         make = f"layer = nnx.{layer}({width}, rngs=nnx.Rngs(0))\ng, s = nnx.split(layer)\n"
@@ -60,12 +65,11 @@ def make_program(library: str, layer: str, *, stateful: bool) -> str:
         make = f"{with_state}(eqx.nn.{layer})({arguments})" + VMAPPED
     else:
         make = f"f = jax.vmap(eqx.nn.{layer}({width}))"
-    return START.format(imports=IMPORTS[library], make=make, shape=SHAPE)
+    return START.format(imports=IMPORTS[library], make=make, shape=shape)
 
 
-def seconds(library: str, layer: str, *, stateful: bool, repeats: int) -> tuple[float, ...]:
+def seconds(program: str, repeats: int) -> tuple[float, ...]:
     """Until all is imported, and until the first result."""
-    program = make_program(library, layer, stateful=stateful)
     times = []
     for _ in range(repeats):
         run = subprocess.run(
@@ -92,9 +96,9 @@ def count_equations(jaxpr: Jaxpr) -> int:
     return total
 
 
-def equations(layer: Functional) -> tuple[int, int]:
+def equations(layer: Functional, shape: tuple[int, ...] = SHAPE) -> tuple[int, int]:
     """Of the forward pass, and of forward and backward pass together."""
-    x = jnp.zeros(SHAPE)
+    x = jnp.zeros(shape)
 
     def forward(params: Any, x: Any) -> Any:
         return layer.apply(params, layer.state, x)[0]
@@ -109,17 +113,31 @@ def equations(layer: Functional) -> tuple[int, int]:
     return count(forward), count(both)
 
 
-def rows(repeats: int):
-    for case in NORMS:
-        try:
-            layers = available(case, SHAPE[1])
-            counts = {library: equations(layer) for library, layer in layers.items()}
-        except (TypeError, ValueError):
-            # A layer that wants more axes than a batch of vectors has.
-            continue
-        for library, count in counts.items():
-            times = seconds(library, case.name, stateful=case.stateful, repeats=repeats)
-            yield [case.name, library, *map(str, count), *(f"{t:.2f}" for t in times)]
+def records(
+    cases: Sequence[Norm], *, repeats: int, track: Any = track
+) -> list[dict[str, Any]]:
+    """Without times if `repeats` is zero."""
+    made = []
+    for case in track(cases, "size"):
+        shape, layout = (SHAPE, "NC") if case.on_vectors else (IMAGES, "NHWC")
+        for library, layer in available(case, shape[-1], layout=layout).items():
+            forward, both = equations(layer, shape)
+            program = make_program(library, case.name, stateful=case.stateful, shape=shape)
+            imported, first = seconds(program, repeats) if repeats else (None, None)
+            made.append(
+                {
+                    "layer": case.name,
+                    "library": library,
+                    "equations forward": forward,
+                    "forward and backward": both,
+                    "seconds to import": imported,
+                    "to first result": first,
+                }
+            )
+    return made
+
+
+TITLE = f"Size and start-up, input {SHAPE[0]} by {SHAPE[1]}, or by {IMAGES[1:]}"
 
 
 def main() -> None:
@@ -127,21 +145,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="processes for each time")
     parser.add_argument("--markdown", action="store_true", help="for a README")
     arguments = parser.parse_args()
-    columns = [
-        "layer",
-        "library",
-        "equations forward",
-        "forward and backward",
-        "seconds to import",
-        "to first result",
-    ]
-    show(
-        f"Size and start-up, input {SHAPE[0]} by {SHAPE[1]}",
-        columns,
-        rows(arguments.repeats),
-        text=2,
-        markdown=arguments.markdown,
-    )
+    made = records(NORMS, repeats=arguments.repeats)
+    show_records(TITLE, made, text=2, markdown=arguments.markdown)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,250 @@
+"""Speed, memory and size of each layer, beside those of other libraries.
+
+    python -m tests.benchmarks [--layers LayerNorm,BatchNorm] [--quick] [--rounds N]
+                               [--json FILE] [--plot FILE] [--markdown]
+
+It runs on JAX's default device. What is in the tables is said in `speed.py`, `memory.py`,
+`size.py` and `devices.py`.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import Any
+
+
+# OpenMP's idle threads would spin, PyTorch's against JAX's and the other way round.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Children and PyTorch need memory of the same device.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+
+from tests.benchmarks import memory, size, speed
+from tests.benchmarks.tables import show, show_records, track
+
+
+NAMES = [case.name for case in speed.CASES]
+PACKAGES = ("jax", "jaxlib", "equinox", "flax", "torch", "numpy")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def names(text):
+        chosen = text.split(",")
+        unknown = sorted(set(chosen) - set(NAMES))
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown} are none of {NAMES}")
+        return chosen
+
+    def positive(text):
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError("one round is the least")
+        return int(text)
+
+    parser.add_argument("--layers", type=names, default=NAMES, help=", ".join(NAMES))
+    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
+    parser.add_argument(
+        "--rounds", type=positive, help="by default 15, or 7 if quick; fewer in slow cells"
+    )
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="a PNG file")
+    parser.add_argument("--markdown", action="store_true", help="tables for a README")
+    parser.add_argument(
+        "--fresh-memory", action="store_true", help="leave the C library's memory alone"
+    )
+    return parser.parse_args(argv)
+
+
+def processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def describe(arguments: argparse.Namespace, threads: int, allocator: str) -> dict[str, Any]:
+    def version(package):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    device = jax.devices()[0]
+    return {
+        "command": " ".join(["python -m tests.benchmarks", *arguments.argv]),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "platform": device.platform,
+        "device": processor() if device.platform == "cpu" else device.device_kind,
+        "torch_device": speed.torch_device(),
+        "threads": threads,
+        "memory": allocator,
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in PACKAGES},
+    }
+
+
+def all_reduces(layers: list[str]) -> list[dict[str, Any]] | str:
+    """From a process with eight devices; or why there is nothing."""
+    command = [sys.executable, "-m", "tests.benchmarks.devices", "--all-reduces"]
+    run = subprocess.run(
+        [*command, ",".join(layers)],
+        capture_output=True,
+        cwd=pathlib.Path(__file__).parents[2],
+        text=True,
+    )
+    if run.returncode:
+        return (run.stderr.strip().splitlines() or ["no message"])[-1]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def use_all_threads() -> int:
+    """PyTorch as many as JAX: one for each processor that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        threads = len(os.sched_getaffinity(0))
+    else:
+        threads = os.cpu_count() or 1
+    if speed.torch_device() is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return threads
+
+
+PASS_NAMES = {"forward": "forward", "both": "forward and backward"}
+COLORS = {
+    "eqx_norms": "#08519c",
+    "vmap": "#6baed6",
+    "flax": "#74c476",
+    "equinox": "#fdae6b",
+    "torch": "#969696",
+    "torch.compile": "#525252",
+}
+
+
+def plot(results: dict[str, Any], path: pathlib.Path) -> None:
+    """A panel for each layer and pass, by dtype from left to right."""
+    from matplotlib.figure import Figure
+
+    records = results["speed"]
+    names = speed.libraries(records)
+    panels = list(dict.fromkeys((r["layer"], r["pass"]) for r in records))
+    dtypes = list(dict.fromkeys(r["dtype"] for r in records))
+    figure = Figure(
+        figsize=(9 * len(dtypes), 2.9 * len(panels) + 1.2), layout="constrained"
+    )
+    axes = figure.subplots(len(panels), len(dtypes), squeeze=False)
+    width = 0.84 / len(names)
+    for row, (layer, name) in zip(axes, panels, strict=True):
+        for ax, dtype in zip(row, dtypes, strict=True):
+            group = [
+                r
+                for r in records
+                if (r["layer"], r["pass"], r["dtype"]) == (layer, name, dtype)
+            ]
+            for number, library in enumerate(names):
+                bars = [
+                    (at + (number - (len(names) - 1) / 2) * width, r["libraries"][library])
+                    for at, r in enumerate(group)
+                    if library in r["libraries"]
+                ]
+                ax.bar(
+                    [at for at, _ in bars],
+                    [given["to_floor"] for _, given in bars],
+                    width,
+                    yerr=[given["to_floor_iqr"] / 2 for _, given in bars],
+                    color=COLORS[library],
+                    error_kw={"linewidth": 0.8},
+                    label="eqx_norms in vmap" if library == "vmap" else library,
+                )
+            ax.axhline(1.0, color="black", linewidth=1)
+            ax.set_title(f"{layer}, {PASS_NAMES[name]}, {dtype}", fontsize=11)
+            labels = [speed.label(r).replace(" ", "\n") for r in group]
+            ax.set_xticks(range(len(group)), labels, fontsize=9)
+            ax.set_ylim(bottom=0)
+            ax.grid(axis="y", alpha=0.3)
+            ax.set_axisbelow(True)
+        row[0].set_ylabel("time / floor")
+    run = results["run"]
+    versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items() if v)
+    figure.suptitle(
+        f"Time in units of the floor (line: input read once, output written once)\n"
+        f"{run['device']}, {run['threads']} threads, {versions}, {run['date'][:10]}"
+    )
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.savefig(path, dpi=100)
+
+
+LEGEND = """
+both: forward and backward. vmap: eqx_norms, one example inside `jax.vmap`. a / JAX: to the
+faster of Flax and Equinox, with half the interquartile range. of bandwidth: what eqx_norms
+reaches of that of a copy.
+"""
+
+
+def report(results: dict[str, Any], *, markdown: bool) -> None:
+    run = results["run"]
+    for layer in dict.fromkeys(record["layer"] for record in results["speed"]):
+        columns, rows = speed.table([r for r in results["speed"] if r["layer"] == layer])
+        title = f"{layer}: time in units of the floor"
+        show(title, columns, rows, text=3, markdown=markdown)
+    print(LEGEND)
+    show_records(memory.TITLE, results["memory"], text=3, markdown=markdown)
+    show_records(size.TITLE, results["size"], text=2, markdown=markdown)
+    title = (
+        "All-reduces over 8 devices, forward, and with gradients of input and parameters"
+    )
+    if isinstance(results["all_reduces"], str):
+        print(f"{title}: left out, {results['all_reduces']}")
+    else:
+        show_records(title, results["all_reduces"], text=2, markdown=markdown)
+    print(f"\n{run['device']} ({run['platform']}), {run['threads']} threads, {run['date']}")
+    print(", ".join(f"{k} {v}" for k, v in run["versions"].items() if v))
+    if run["torch_device"] is None:
+        print("PyTorch is not installed, or not for this device: left out")
+    bandwidth = max(record["copy"]["gb_per_second"] for record in results["speed"])
+    print(f"a copy reaches up to {bandwidth:.1f} GB/s; memory: {run['memory']}")
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = parse(argv)
+    arguments.argv = sys.argv[1:] if argv is None else argv
+    quick, layers = arguments.quick, arguments.layers
+    default = quick or arguments.fresh_memory
+    allocator = "the allocator's default" if default else speed.keep_freed_memory()
+    run = describe(arguments, use_all_threads(), allocator)
+    print(f"On {run['device']} ({run['platform']})", file=sys.stderr)
+    rounds = arguments.rounds or (7 if quick else 15)
+    cases = [case for case in speed.CASES if case.name in layers]
+    timed = speed.records(layers, rounds=rounds, quick=quick, track=track)
+    results = {
+        "run": run,
+        "memory": memory.records(cases, quick=quick),
+        "size": size.records(cases, repeats=0 if quick else 2),
+        "all_reduces": "--quick" if quick else all_reduces(layers),
+        "speed": list(timed),
+    }
+    report(results, markdown=arguments.markdown)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.plot:
+        plot(results, arguments.plot)
+    return results
+
+
+if __name__ == "__main__":
+    main()

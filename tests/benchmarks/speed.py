@@ -1,0 +1,353 @@
+"""Times of the layers beside those of other libraries, and of a plain copy of the input.
+
+All functions of a cell, which is one layer, shape and dtype, take turns in one process, in
+a new order each round, so that what disturbs the machine disturbs all of them. A ratio is
+formed within each round; given are its median and its interquartile range.
+
+The floor is the time of as many copies as a pass has to read and write arrays of the
+input's size: forward, input and output, one copy; forward and backward, cotangent and
+gradient besides, two. A pass returns all that it computes: the output, the new running
+statistics, and the gradients of input, scale and bias.
+"""
+
+import ctypes
+import importlib.util
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.benchmarks.rivals import Functional, available, ours, pytorch
+from tests.helpers import NORMS, Norm
+
+
+CASES = [
+    replace(case, kwargs={"num_groups": 32}, groups=(-1, 32))
+    if case.name == "GroupNorm"
+    else case
+    for case in NORMS
+]
+SHAPES = {
+    "vectors": [(8192, 1024), (4096, 4096), (65536, 128)],
+    "images": [(64, 32, 32, 64), (32, 16, 16, 512)],
+}
+QUICK_SHAPES = {"vectors": [(512, 256)], "images": [(8, 8, 8, 64)]}
+DTYPES = (jnp.float32, jnp.bfloat16)
+# How many copies of the input a pass is at least.
+PASSES = {"forward": 1, "both": 2}
+
+# A batch, and one example inside `jax.vmap`.
+OURS = ("eqx_norms", "vmap")
+PEERS = {"JAX": ("flax", "equinox"), "PyTorch": ("torch", "torch.compile")}
+
+# An accelerator's queue is kept full: launching is not what is timed. Its batches grow to
+# this many elements, beyond what its caches hold.
+QUEUED_CALLS = 20
+ACCELERATOR_SIZE = 2**26
+FEWEST_ROUNDS = 5
+
+Runner = Callable[[int], Any]
+"""Makes that many calls, waits for the last one, and returns its result."""
+
+
+class Cell(NamedTuple):
+    case: Norm
+    # As it is, with features along the axis called C.
+    shape: tuple[int, ...]
+    layout: str
+    dtype: Any
+
+    @property
+    def num_features(self) -> int:
+        return self.shape[self.layout.index("C")]
+
+
+def cells(layers: Iterable[str], *, quick: bool) -> Iterator[Cell]:
+    for case in (case for case in CASES if case.name in layers):
+        on_images = case.stateful or not case.on_vectors
+        layouts = ["NC"] * case.on_vectors + ["NCHW", "NHWC"][
+            : 1 if quick else 2
+        ] * on_images
+        for layout in layouts:
+            kind = "vectors" if layout == "NC" else "images"
+            for shape in (QUICK_SHAPES if quick else SHAPES)[kind]:
+                n, *rest = shape
+                if jax.default_backend() != "cpu" and not quick:
+                    n *= math.ceil(ACCELERATOR_SIZE / math.prod(shape))
+                if layout == "NCHW":
+                    rest = [rest[-1], *rest[:-1]]
+                for dtype in DTYPES:
+                    yield Cell(case, (n, *rest), layout, dtype)
+
+
+def _jax_runner(f: Callable[..., Any], *args: Any) -> Runner:
+    f = jax.jit(f)
+
+    def run(calls):
+        out = None
+        for _ in range(calls):
+            out = f(*args)
+        return jax.block_until_ready(out)
+
+    return run
+
+
+def _jax_runners(layer: Functional, x: jax.Array, dy: jax.Array) -> dict[str, Runner]:
+    # Lists are quicker to hand over than modules.
+    params, params_def = jax.tree.flatten(layer.params)
+    arrays, static = eqx.partition(layer.state, eqx.is_array)
+    arrays, arrays_def = jax.tree.flatten(arrays)
+
+    def forward(params, arrays, x):
+        params = jax.tree.unflatten(params_def, params)
+        state = eqx.combine(jax.tree.unflatten(arrays_def, arrays), static)
+        y, new = layer.apply(params, state, x)
+        return y, jax.tree.leaves(eqx.filter(new, eqx.is_array))
+
+    def both(params, arrays, x, dy):
+        y, backward, new = jax.vjp(
+            lambda x, params: forward(params, arrays, x), x, params, has_aux=True
+        )
+        return y, *backward(dy), new
+
+    return {
+        "forward": _jax_runner(forward, params, arrays, x),
+        "both": _jax_runner(both, params, arrays, x, dy),
+    }
+
+
+def torch_device() -> str | None:
+    """PyTorch's name of JAX's device; nothing if it is not installed, or not for that."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    names = {"cpu": "cpu", "gpu": "cuda" if torch.cuda.is_available() else None}
+    return names.get(jax.default_backend())
+
+
+def _torch_runners(cell: Cell, x: np.ndarray, dy: np.ndarray, device: str):
+    import torch
+
+    dtype = getattr(torch, jnp.dtype(cell.dtype).name)
+    module = pytorch(cell.case, cell.num_features, dtype, cell.layout, device=device)
+    if module is None:
+        return {}
+
+    def to_tensor(array):
+        tensor = torch.from_numpy(array).to(device, dtype)
+        return tensor.movedim(-1, 1) if cell.layout == "NHWC" else tensor
+
+    tensor, cotangent = to_tensor(x), to_tensor(dy)
+    inputs = (tensor.requires_grad_(), *module.parameters())
+
+    def runner(f):
+        def run(calls):
+            out = None
+            for _ in range(calls):
+                out = f()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return out
+
+        return run
+
+    def runners(module):
+        def forward():
+            with torch.no_grad():
+                return (module(tensor),)
+
+        def both():
+            y = module(tensor)
+            return y.detach(), *torch.autograd.grad(y, inputs, cotangent)
+
+        return {"forward": runner(forward), "both": runner(both)}
+
+    made = {"torch": runners(module)}
+    if device == "cuda":
+        # What is compiled is kept by code, not by module, and only so many times.
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+        compiled = runners(torch.compile(module, dynamic=False))
+        try:
+            for run in compiled.values():
+                run(1)
+            made["torch.compile"] = compiled
+        except Exception as error:  # It needs a compiler of its own.
+            print(f"torch.compile is left out: {error}", file=sys.stderr)
+    return made
+
+
+def runners(cell: Cell) -> dict[str, dict[str, Runner]]:
+    """By library and pass, the copy of as many bytes as the input has among them."""
+    rng = np.random.default_rng(0)
+    data, cotangent = (rng.standard_normal(cell.shape, np.float32) for _ in range(2))
+    x, dy = (jnp.asarray(array, cell.dtype) for array in (data, cotangent))
+    layers = available(cell.case, cell.num_features, cell.dtype, cell.layout)
+    per_example = ours(
+        cell.case, cell.num_features, cell.dtype, cell.layout, per_example=True
+    )
+    layers = {**dict(zip(OURS, (layers.pop(OURS[0]), per_example), strict=True)), **layers}
+    # Integers, which no processor converts in between.
+    words = jnp.zeros(x.nbytes // 4, jnp.uint32)
+    made = {"copy": {"forward": _jax_runner(lambda words: words + 1, words)}}
+    for library, layer in layers.items():
+        made[library] = _jax_runners(layer, x, dy)
+    device = torch_device()
+    if device is not None:
+        made |= _torch_runners(cell, data, cotangent, device)
+    return made
+
+
+def measure(
+    made: dict[str, dict[str, Runner]], *, rounds: int, seconds: float
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of one call, by library and pass, one for each round. There are fewer rounds,
+    but five at least, if they take longer than `seconds`."""
+    calls = 1 if jax.default_backend() == "cpu" else QUEUED_CALLS
+    order = [(library, name) for library, passes in made.items() for name in passes]
+    times = {library: {name: [] for name in made[library]} for library in made}
+    for library, name in order:
+        for number in (1, calls):
+            made[library][name](number)
+    shuffle = random.Random(0).shuffle
+    start = time.perf_counter()
+    for number in range(rounds):
+        if number >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+            break
+        shuffle(order)
+        for library, name in order:
+            begin = time.perf_counter()
+            out = made[library][name](calls)
+            times[library][name].append((time.perf_counter() - begin) / calls)
+            del out
+    return times
+
+
+def _quartiles(values: Any) -> tuple[float, float]:
+    """Median and interquartile range."""
+    low, median, high = np.quantile(np.asarray(values), (0.25, 0.5, 0.75))
+    return float(median), float(high - low)
+
+
+def compare(times: Mapping[str, Any], copy: Any, copies: int) -> dict[str, dict[str, Any]]:
+    """By library, from the times of one pass, round by round: ratios to the floor and, for
+    eqx_norms, to the fastest of each kind of peer."""
+    compared = {}
+    for library, seconds in times.items():
+        median, spread = _quartiles(seconds)
+        to_floor, floor_spread = _quartiles(np.divide(seconds, copy) / copies)
+        compared[library] = {
+            "seconds": median,
+            "seconds_iqr": spread,
+            "to_floor": to_floor,
+            "to_floor_iqr": floor_spread,
+            "of_bandwidth": 1 / to_floor,
+            "to_peers": {},
+            "rounds": [float(f"{s:.4g}") for s in seconds],
+        }
+    for library in set(OURS) & set(times):
+        for kind, names in PEERS.items():
+            peers = [name for name in names if name in times]
+            if peers:
+                best = min(peers, key=lambda name: compared[name]["seconds"])
+                ratio, spread = _quartiles(np.divide(times[library], times[best]))
+                compared[library]["to_peers"][kind] = {
+                    "peer": best,
+                    "ratio": ratio,
+                    "iqr": spread,
+                }
+    return compared
+
+
+def records(
+    layers: Iterable[str], *, rounds: int, quick: bool, track: Callable[..., Iterable[Cell]]
+) -> Iterator[dict[str, Any]]:
+    """One for each cell and pass, fit for JSON."""
+    for cell in track(list(cells(layers, quick=quick)), "speed"):
+        times = measure(runners(cell), rounds=rounds, seconds=0.3 if quick else 8.0)
+        copy = times.pop("copy")["forward"]
+        nbytes = math.prod(cell.shape) * jnp.dtype(cell.dtype).itemsize
+        for name, copies in PASSES.items():
+            yield {
+                "layer": cell.case.name,
+                "shape": list(cell.shape),
+                "layout": cell.layout,
+                "dtype": jnp.dtype(cell.dtype).name,
+                "pass": name,
+                "copy": {
+                    "seconds": _quartiles(copy)[0],
+                    "gb_per_second": 2 * nbytes / _quartiles(copy)[0] / 1e9,
+                    "rounds": [float(f"{s:.4g}") for s in copy],
+                },
+                "libraries": compare(
+                    {library: passes[name] for library, passes in times.items()},
+                    copy,
+                    copies,
+                ),
+            }
+
+
+def label(record: dict[str, Any]) -> str:
+    return "x".join(map(str, record["shape"])) + " " + record["layout"]
+
+
+def libraries(speed: list[dict[str, Any]]) -> list[str]:
+    """Those in any of the records, ours first."""
+    found = {library for record in speed for library in record["libraries"]}
+    return [name for name in (*OURS, *PEERS["JAX"], *PEERS["PyTorch"]) if name in found]
+
+
+def table(speed: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    names = libraries(speed)
+    kinds = [kind for kind, peers in PEERS.items() if set(peers) & set(names)]
+    ratios = [(library, kind) for kind in kinds for library in OURS]
+    columns = ["shape", "dtype", "pass", "copy GB/s", *names]
+    columns += [f"{library} / {kind}" for library, kind in ratios]
+    columns.append("of bandwidth")
+    rows = []
+    for record in speed:
+        given = record["libraries"]
+        row = [label(record), record["dtype"], record["pass"]]
+        row.append(f"{record['copy']['gb_per_second']:.1f}")
+        row += [
+            f"{given[name]['to_floor']:.2f}" if name in given else "-" for name in names
+        ]
+        for library, kind in ratios:
+            ratio = given[library]["to_peers"].get(kind)
+            row.append(f"{ratio['ratio']:.2f} ±{ratio['iqr'] / 2:.2f}" if ratio else "-")
+        row.append(f"{given[OURS[0]]['of_bandwidth']:.0%}")
+        rows.append(row)
+    return columns, rows
+
+
+def keep_freed_memory(size: int = 2**31) -> str:
+    """Has the C library keep what is freed, and `size` bytes from the start.
+
+    Otherwise each large result lies in fresh pages, or not, as its history has it; and
+    those take several times as long to be zeroed as a layer takes to fill them. To be
+    called before there are threads, which take memory of their own.
+    """
+    if not sys.platform.startswith("linux"):
+        return "the allocator's default"
+    lib = ctypes.CDLL(None)
+    if not hasattr(lib, "mallopt"):
+        return "the allocator's default"
+    trim_threshold, mmap_max, arena_max = -1, -4, -8
+    for option, value in ((trim_threshold, -1), (mmap_max, 0), (arena_max, 1)):
+        lib.mallopt(option, value)
+    lib.malloc.restype, lib.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    lib.free.argtypes = [ctypes.c_void_p]
+    block = lib.malloc(size)
+    if block:
+        ctypes.memset(block, 0, size)
+        lib.free(block)
+    return "kept when freed"
