@@ -295,7 +295,10 @@ def change_layers(model: Model, change: Callable[[BatchNorm], BatchNorm]) -> Mod
         return isinstance(node, BatchNorm)
 
     if not any(is_layer(node) for node in jax.tree.leaves(model, is_leaf=is_layer)):
-        raise ValueError("There is no `eqx_norms.BatchNorm` in this model.")
+        raise ValueError(
+            "There is no `eqx_norms.BatchNorm` in this model. Those of `equinox.nn` become "
+            "such by `eqx_norms.replace_norms`."
+        )
     return jax.tree.map(
         lambda node: change(node) if is_layer(node) else node, model, is_leaf=is_layer
     )

@@ -115,7 +115,10 @@ def _layers(model: Any) -> dict[str, BatchNorm]:
         if isinstance(node, BatchNorm)
     }
     if not layers:
-        raise ValueError("recalibrate: there is no `eqx_norms.BatchNorm` in this model.")
+        raise ValueError(
+            "recalibrate: there is no `eqx_norms.BatchNorm` in this model. Those of "
+            "`equinox.nn` become such by `eqx_norms.replace_norms`."
+        )
     thawed = {name: layer for name, layer in layers.items() if not layer.frozen}
     if not thawed:
         raise ValueError(

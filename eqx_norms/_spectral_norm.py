@@ -9,11 +9,12 @@ from equinox.nn import State, StatefulLayer, StateIndex
 from jax import lax
 from jaxtyping import Array, Float, Inexact, PRNGKeyArray
 
-from ._axes import canonicalize_axes, check_axes, other_axes, shard_like
+from ._axes import canonicalize_axes, check_axes, check_integers, other_axes, shard_like
 from ._dtypes import check_dtype, check_epsilon, promote, real_dtype, result_dtype
 from ._moments import abs_square
 from ._state import get_state, needs_state, set_state
 from ._types import Axes, DTypeLike
+from ._weight_norm import directions
 from ._wrapped import choose_weights, get_weights, is_stateful, set_weights
 
 
@@ -37,7 +38,8 @@ class SpectralStats(eqx.Module):
 
 def _sigma(weight: Array, stats: SpectralStats) -> Array:
     u, v = (shard_like(a, weight) for a in (stats.u, stats.v))
-    return jnp.sum((u.conj() * weight * v).real)
+    # Of either sign where the vectors are those of another weight.
+    return jnp.abs(jnp.sum(u.conj() * weight * v))
 
 
 def _unit(vector: Array, old: Array, epsilon: float) -> Array:
@@ -130,7 +132,7 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
             kept in the field `inference`, which `equinox.nn.inference_mode` toggles.
         - `where`: a function that picks one weight or several out of the layer, as in
             `equinox.tree_at`. By default each leaf that is called `weight` and has two
-            dimensions or more; the vectors of norms and the like are left alone.
+            dimensions or more: not the vectors of norms and the like.
         - `key`: a `jax.random` key for the first vectors.
 
         **Raises:**
@@ -141,6 +143,7 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
         self.layer = layer
         self.weights = choose_weights(layer, where, wrapper=name)
         self.feature_axes = check_axes(feature_axes, layer=name, argument="feature_axes")
+        (n_steps,) = check_integers(n_steps, layer=name, argument="n_steps")
         if n_steps < 1:
             raise ValueError(
                 f"{name}: `n_steps` must be at least 1, got {n_steps}. To leave the "
@@ -152,7 +155,14 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
             None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
         )
         param_dtype = check_dtype(param_dtype, layer=name, argument="param_dtype")
-        weights = get_weights(layer, self.weights)
+        weights = get_weights(layer, self.weights, wrapper=name)
+        inside = directions(layer)
+        if any(path in inside for path in self.weights):
+            raise ValueError(
+                f"{name}: of the weights {list(self.weights)} {list(inside)} are in a "
+                "`WeightNorm`, which takes their direction alone: it would not matter how "
+                f"long they are. Put it outside: `WeightNorm({name}(layer))`."
+            )
         if error_on_non_matrix and any(weight.ndim != 2 for weight in weights):
             shapes = dict(zip(self.weights, (w.shape for w in weights), strict=True))
             raise ValueError(
@@ -237,7 +247,7 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
         `ValueError` if `state` holds nothing for this layer; what the layer raises.
         """
         stats = get_state(state, self.state_index, layer=type(self).__name__)
-        weights = get_weights(self.layer, self.weights)
+        weights = get_weights(self.layer, self.weights, wrapper=type(self).__name__)
         if not self.inference if update_stats is None else update_stats:
             stats = tuple(
                 self._update(weight, old, self.n_steps)

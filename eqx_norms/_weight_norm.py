@@ -90,7 +90,7 @@ class WeightNorm(StatefulLayer, Generic[_Layer]):
         - `param_dtype`: of the scales.
         - `where`: a function that picks one weight or several out of the layer, as in
             `equinox.tree_at`. By default each leaf that is called `weight` and has two
-            dimensions or more; the vectors of norms and the like are left alone.
+            dimensions or more: not the vectors of norms and the like.
         - `key`: a `jax.random` key for the initializer, if it needs one.
 
         **Raises:**
@@ -110,7 +110,12 @@ class WeightNorm(StatefulLayer, Generic[_Layer]):
         self.dtype = (
             None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
         )
-        weights = get_weights(layer, self.weights)
+        if isinstance(scale_init, str) and (scale_init != "norm" or not use_scale):
+            raise ValueError(
+                f"{name}: `scale_init` must be an initializer, or with `use_scale=True` "
+                f'"norm", got {scale_init!r} and `use_scale={use_scale}`.'
+            )
+        weights = get_weights(layer, self.weights, wrapper=name)
         keys = [None] * len(weights) if key is None else jax.random.split(key, len(weights))
         scales = []
         for weight, key in zip(weights, keys, strict=True):
@@ -193,10 +198,21 @@ class WeightNorm(StatefulLayer, Generic[_Layer]):
 
         What the layer raises.
         """
-        weights = get_weights(self.layer, self.weights)
+        weights = get_weights(self.layer, self.weights, wrapper=type(self).__name__)
         scales = (None,) * len(weights) if self.scales is None else self.scales
         new = tuple(map(self._normalized, weights, scales))
         layer: Any = set_weights(self.layer, self.weights, new)
         if key is not None:
             kwargs["key"] = key
         return layer(x, *args, **kwargs)
+
+
+def directions(tree: Any) -> set[str]:
+    """The paths of the weights that a `WeightNorm` within a tree works on."""
+    is_wrapper = lambda node: isinstance(node, WeightNorm)  # noqa: E731
+    return {
+        f"{jax.tree_util.keystr(path)}.layer{weight}"
+        for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_wrapper)
+        if is_wrapper(node)
+        for weight in node.weights
+    }

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
-from equinox.nn import StatefulLayer
+from equinox.nn import StateIndex
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array
 
@@ -43,8 +43,13 @@ def choose_weights(
     return paths
 
 
-def get_weights(layer: Any, paths: tuple[str, ...]) -> tuple[Array, ...]:
+def get_weights(layer: Any, paths: tuple[str, ...], *, wrapper: str) -> tuple[Array, ...]:
     leaves = {keystr(path): leaf for path, leaf in tree_leaves_with_path(layer)}
+    if not leaves.keys() >= set(paths):
+        raise ValueError(
+            f"{wrapper}: the weights that were chosen when it was made are {list(paths)}, "
+            f"but now the layer has {list(leaves)}. Wrap the new layer anew."
+        )
     return tuple(leaves[path] for path in paths)
 
 
@@ -54,4 +59,6 @@ def set_weights(layer: T, paths: tuple[str, ...], weights: tuple[Array, ...]) ->
 
 
 def is_stateful(layer: Any) -> bool:
-    return isinstance(layer, StatefulLayer) and layer.is_stateful()
+    """Whether there is a state anywhere in a layer, which then is called with it."""
+    is_index = lambda node: isinstance(node, StateIndex)  # noqa: E731
+    return any(map(is_index, jax.tree.leaves(layer, is_leaf=is_index)))

@@ -513,3 +513,22 @@ def test_pytorch_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match=r"to_torch_state_dict: needs PyTorch"):
         convert.to_torch_state_dict(en.LayerNorm(3))
+
+
+def test_several_wrappers_made_under_vmap():
+    keys = jax.random.split(jax.random.key(0), 5)
+    make = lambda key: eqx.nn.WeightNorm(eqx.nn.Linear(3, 4, key=key))  # noqa: E731
+    stacked = eqx.filter_vmap(make)(keys)
+    with pytest.raises(ValueError, match=r"under `equinox.filter_vmap`, convert them"):
+        en.replace_norms(stacked)
+    ours = eqx.filter_vmap(en.replace_norms)(stacked)
+    x = jnp.ones(3)
+    apply = eqx.filter_vmap(lambda layer: layer(x))
+    np.testing.assert_allclose(apply(ours), apply(stacked), rtol=1e-5, atol=1e-6)
+
+
+def test_no_counterpart_for_a_complex_spectral_norm():
+    linear = eqx.nn.Linear(3, 4, dtype=jnp.complex64, key=jax.random.key(0))
+    layer = eqx.nn.SpectralNorm(linear, "weight", key=jax.random.key(1))
+    with pytest.raises(ValueError, match=r"of a complex weight .* no counterpart"):
+        convert.from_equinox(layer)

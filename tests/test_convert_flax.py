@@ -342,3 +342,11 @@ def test_not_to_flax():
     mixed = en.LayerNorm((3, 4), feature_axes=(1, -1))
     with pytest.raises(ValueError, match=r"order of the feature axes \(1, -1\)"):
         convert.to_flax_variables(mixed)
+
+
+@pytest.mark.parametrize("variables", [{"scale": np.ones(3)}, {"params": None}], ids=str)
+def test_variables_that_are_none(variables):
+    with pytest.raises(
+        ValueError, match=r"variables must be those of this one module, by c"
+    ):
+        convert.from_flax(nn.LayerNorm(), variables)

@@ -1,5 +1,7 @@
 """Norms of `torch.nn` against what they become, and back."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -286,6 +288,16 @@ def test_no_counterpart(source):
         ValueError, match=r"no counterpart for .*BatchNorm1d, .*RMSNorm of `t"
     ):
         convert.from_torch(source)
+
+
+@pytest.mark.parametrize("missing", ["scale", "bias"])
+def test_to_torch_adds_what_every_module_there_has(missing):
+    without: dict[str, Any] = {f"use_{missing}": False}
+    norm = en.GroupNorm(6, 3, **without)
+    module = nn.GroupNorm(3, 6)
+    module.load_state_dict(convert.to_torch_state_dict(norm))
+    assert bool((module.weight == 1).all())
+    assert bool((module.bias == 0).all())
 
 
 def test_not_to_torch():

@@ -1,5 +1,7 @@
 """What is peculiar to SpectralNorm: the singular value it finds, and what it remembers."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from .helpers import clone, float64, normal
 from .test_weight_norm import KEY, Model, with_weight, wrapped
 
 
-def build(layer, **kwargs):
+def build(layer, **kwargs) -> Any:
     return eqx.nn.make_with_state(en.SpectralNorm)(layer, **{"key": KEY, **kwargs})
 
 
@@ -67,7 +69,7 @@ def test_of_use_before_the_first_training_call():
 def test_step_by_step_as_flax():
     """From the same vector, the same steps. (Flax overwrites its weights, so that its
     second call would start from others: they are put back.)"""
-    theirs = nnx.SpectralNorm(
+    theirs: Any = nnx.SpectralNorm(
         nnx.Linear(5, 4, rngs=nnx.Rngs(0)), n_steps=2, rngs=nnx.Rngs(1)
     )
     kernel = jnp.array(theirs.layer_instance.kernel[...])
@@ -98,6 +100,7 @@ def test_what_updates_and_what_does_not():
     assert norm.inference is False
     assert build(layer, update_stats=False)[0].inference is True
     evaluating = eqx.nn.inference_mode(norm)
+    kwargs: dict[str, Any]
     for f, kwargs, same in (
         (norm, {}, False),
         (norm, {"update_stats": False}, True),
@@ -194,6 +197,7 @@ def test_several_weights_and_a_layer_with_a_state():
         n_steps=40,
         key=KEY,
     )
+    norm: Any
     norm, state = eqx.nn.make_with_state(make)()
     assert norm.weights == (".layers[0].weight", ".layers[2].weight")
     outer = eqx.nn.Sequential([norm, eqx.nn.Lambda(jax.nn.relu)])
@@ -206,6 +210,51 @@ def test_several_weights_and_a_layer_with_a_state():
         np.testing.assert_allclose(
             stats.sigma, greatest(norm.layer[number].weight), rtol=1e-5
         )
+
+
+class Block(eqx.Module):
+    """The usual way to write a layer with a state: no `StatefulLayer`."""
+
+    linear: eqx.nn.Linear
+    norm: en.BatchNorm
+
+    def __init__(self):
+        self.linear = eqx.nn.Linear(3, 4, key=KEY)
+        self.norm = en.BatchNorm(4, axis_name="b")
+
+    def __call__(self, x, state, *, key=None):
+        return self.norm(self.linear(x), state)
+
+
+def test_around_a_module_with_a_state():
+    norm: Any
+    norm, state = build(Block(), n_steps=40)
+    y, state = jax.vmap(norm, (0, None), (0, None), axis_name="b")(normal(1, (5, 3)), state)
+    assert y.shape == (5, 4)
+    assert np.all(norm.layer.norm.running_stats(state).count == 1)
+    (stats,) = norm.spectral_stats(state)
+    np.testing.assert_allclose(stats.sigma, greatest(norm.layer.linear.weight), rtol=1e-5)
+
+
+def test_vectors_of_another_weight():
+    """Evaluated with the opposite weight, it gives the opposite."""
+    norm, state = build(eqx.nn.Linear(3, 4, use_bias=False, key=KEY), update_stats=False)
+    x = normal(1, (3,))
+    opposite = eqx.tree_at(lambda n: n.layer.weight, norm, -norm.layer.weight)
+    y, _ = norm(x, clone(state))
+    np.testing.assert_allclose(opposite(x, clone(state))[0], -y, rtol=1e-6)
+
+
+def test_together_with_weight_norm():
+    linear = eqx.nn.Linear(5, 4, use_bias=False, key=KEY)
+    with pytest.raises(ValueError, match=r"`WeightNorm\(SpectralNorm\(layer\)\)`"):
+        en.SpectralNorm(en.WeightNorm(linear), key=KEY)
+    both, state = eqx.nn.make_with_state(
+        lambda: en.WeightNorm(en.SpectralNorm(linear, key=KEY), feature_axes=None)
+    )()
+    assert both.is_stateful()
+    y, _ = both(normal(1, (5,)), state)
+    assert np.all(np.isfinite(y))
 
 
 def test_other_arguments_are_the_layers():

@@ -1,5 +1,7 @@
 """What is peculiar to WeightNorm: the weights it makes, and the layer it leaves alone."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -63,7 +65,7 @@ def test_starts_as_the_layer_itself(make, shape):
 @pytest.mark.parametrize("feature_axes", [0, 1, -1, (0, 2), (2, 0), None], ids=str)
 def test_feature_axes(feature_axes):
     layer = eqx.nn.Conv2d(4, 6, (2, 3), key=KEY)
-    norm = en.WeightNorm(layer, feature_axes=feature_axes)
+    norm: Any = en.WeightNorm(layer, feature_axes=feature_axes)
     axes = {None: (), 0: (0,), 1: (1,), -1: (3,)}.get(feature_axes, feature_axes)
     shape = tuple(layer.weight.shape[a] for a in axes)
     (scale,) = norm.scales
@@ -86,7 +88,7 @@ def test_feature_axes(feature_axes):
 @pytest.mark.parametrize("axes", [(0, 1), (1,)], ids=str)
 def test_parity_with_flax(axes):
     """Their kernel is (in, out), their default the last axis."""
-    theirs = nnx.WeightNorm(
+    theirs: Any = nnx.WeightNorm(
         nnx.Linear(5, 4, rngs=nnx.Rngs(0)),
         feature_axes=None if len(axes) == 2 else -1,
         epsilon=1e-2,
@@ -168,10 +170,11 @@ def test_weights_of_any_size(size):
 def test_dtypes():
     layer = eqx.nn.Linear(64, 4, key=KEY, dtype=jnp.bfloat16)
     x = normal(1, (64,)).astype(jnp.bfloat16)
-    norm = en.WeightNorm(layer, param_dtype=jnp.bfloat16)
+    norm: Any = en.WeightNorm(layer, param_dtype=jnp.bfloat16)
     assert norm.scales[0].dtype == jnp.bfloat16
     assert norm(x).dtype == jnp.bfloat16
-    assert en.WeightNorm(layer).scales[0].dtype == jnp.float32
+    wide: Any = en.WeightNorm(layer)
+    assert wide.scales[0].dtype == jnp.float32
     # The length is found in float32: rounded once.
     captured = []
     seen = lambda layer, x: captured.append(layer.weight)  # noqa: E731
@@ -240,13 +243,13 @@ def test_around_a_layer_with_a_state():
     apply = jax.vmap(outer, (0, None), (0, None), axis_name="b")
     y, state = apply(normal(1, (5, 3)), state)
     assert y.shape == (5, 4)
-    bn = layer.layer[1]
+    bn: Any = layer.layer[1]
     assert np.all(bn.running_stats(state).count == 1)
 
 
 def test_initializers_and_keys():
     noise = lambda key, shape, dtype: jax.random.normal(key, shape, dtype)  # noqa: E731
-    norm = en.WeightNorm(Model(), scale_init=noise, key=KEY)
+    norm: Any = en.WeightNorm(Model(), scale_init=noise, key=KEY)
     assert [s.shape for s in norm.scales] == [(4,), (2,)]
     assert not np.array_equal(norm.scales[0][:2], norm.scales[1])
     with pytest.raises(
@@ -255,8 +258,19 @@ def test_initializers_and_keys():
         en.WeightNorm(Model(), scale_init=noise)
 
 
+def test_a_layer_with_other_weights():
+    norm = en.WeightNorm(eqx.nn.Sequential([eqx.nn.Linear(3, 4, key=KEY)]))
+    other = eqx.tree_at(lambda n: n.layer, norm, eqx.nn.Linear(3, 4, key=KEY))
+    with pytest.raises(ValueError, match=r"WeightNorm: the weights .* are \['.layers\[0\]"):
+        other(jnp.ones(3))
+
+
 def test_bad_arguments():
     linear = eqx.nn.Linear(3, 4, key=KEY)
+    with pytest.raises(
+        ValueError, match="must be an initializer, or with `use_scale=True`"
+    ):
+        en.WeightNorm(linear, scale_init="norm", use_scale=False)
     with pytest.raises(
         ValueError, match=r"WeightNorm: needs a `weight` of two dim.*LayerNorm"
     ):

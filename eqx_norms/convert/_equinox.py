@@ -246,7 +246,20 @@ def _batch_norm(layer: Any, read: _Read) -> BatchNorm:
     return _keep_state(new, index, running_stats(mean, var, count))
 
 
+def _weight_of(layer: Any, size: int, axis: int | None) -> Array:
+    """The weight that a wrapper works on, with something of this size along an axis."""
+    weight = getattr(layer.layer, layer.weight_name)
+    if size != (1 if axis is None else weight.shape[axis]):
+        raise ValueError(
+            f"{type_name(layer)}: a weight of shape {weight.shape} does not fit something "
+            f"of size {size} along its axis {axis}. If these are several layers made under "
+            "`equinox.filter_vmap`, convert them under it too."
+        )
+    return weight
+
+
 def _weight_norm(layer: Any, read: _Read) -> WeightNorm:
+    _weight_of(layer, layer.g.size, layer.axis)
     new = WeightNorm(
         _replace(layer.layer, read),
         feature_axes=layer.axis,
@@ -258,6 +271,13 @@ def _weight_norm(layer: Any, read: _Read) -> WeightNorm:
 
 
 def _spectral_norm(layer: Any, read: _Read) -> SpectralNorm:
+    u, v = read(layer.uv_index)
+    weight = _weight_of(layer, u.size, 0)
+    if jnp.iscomplexobj(weight):
+        raise ValueError(
+            f"{type_name(layer)}: of a complex weight it does not find the largest "
+            "singular value, as `eqx_norms.SpectralNorm` does: there is no counterpart."
+        )
     new = SpectralNorm(
         _replace(layer.layer, read),
         n_steps=layer.num_power_iterations,
@@ -266,9 +286,8 @@ def _spectral_norm(layer: Any, read: _Read) -> SpectralNorm:
         where=lambda wrapped: getattr(wrapped, layer.weight_name),
         key=jax.random.key(0),  # Of vectors that the stored ones replace.
     )
-    weight = getattr(layer.layer, layer.weight_name)
     dtype = promote(weight.dtype, jnp.float32)
-    u, v = (a.astype(dtype) for a in read(layer.uv_index))
+    u, v = u.astype(dtype), v.astype(dtype)
     u = u.reshape(-1, *(1 for _ in weight.shape[1:]))
     v = v.reshape(1, *weight.shape[1:])
     sigma = jnp.sum(u * weight.astype(dtype) * v)

@@ -206,6 +206,13 @@ def _arrays(
             f"{source}: a `flax.linen` module needs its variables: `from_flax(module, "
             "variables)`."
         )
+    if not isinstance(variables, Mapping) or not all(
+        isinstance(entries, Mapping) for entries in variables.values()
+    ):
+        raise ValueError(
+            f"{source}: the variables must be those of this one module, by collection: "
+            f'`{{"params": {{"scale": ..., "bias": ...}}}}`, found {variables!r:.200}.'
+        )
     from flax.core import meta
 
     return {

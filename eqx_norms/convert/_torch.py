@@ -133,7 +133,9 @@ def to_torch_state_dict(layer: Any, state: State | None = None) -> dict[str, Any
     """Carries a norm over to PyTorch, as what `torch.nn.Module.load_state_dict` takes: its
     parameters and statistics, without its settings.
 
-    PyTorch has one count of batches for all features: it is the largest one.
+    PyTorch has one count of batches for all features: it is the largest one. Where it has a
+    scale and a bias or neither, the one that the layer does without is added, as ones or
+    zeros.
 
     **Arguments:**
 
@@ -160,6 +162,11 @@ def to_torch_state_dict(layer: Any, state: State | None = None) -> dict[str, Any
 
     source = "to_torch_state_dict"
     arrays = contents(layer, state, source)
+    # There both are learned or none, but for a LayerNorm, which may do without a bias.
+    if "bias" in arrays:
+        arrays.setdefault("scale", jnp.ones_like(arrays["bias"]))
+    elif "scale" in arrays and not isinstance(layer, LayerNorm | RMSNorm):
+        arrays["bias"] = jnp.zeros_like(arrays["scale"])
     axes = feature_axes(layer)
     if len(axes) != 1 and not isinstance(layer, LayerNorm | RMSNorm):
         raise ValueError(
