@@ -1,24 +1,23 @@
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from equinox.nn import State, StatefulLayer, StateIndex
+from equinox.nn import State, StateIndex
 from jax import lax
 from jaxtyping import Array, Float, Inexact, PRNGKeyArray
 
-from ._axes import canonicalize_axes, check_axes, check_integers, other_axes, shard_like
-from ._dtypes import check_dtype, check_epsilon, promote, real_dtype, result_dtype
+from ._axes import check_integers, shard_like
+from ._dtypes import check_dtype, promote, real_dtype, result_dtype
 from ._moments import abs_square
 from ._state import get_state, needs_state, set_state
 from ._types import Axes, DTypeLike
 from ._weight_norm import directions
-from ._wrapped import choose_weights, get_weights, is_stateful, set_weights
+from ._wrapped import AbstractWrapper, Layer, is_stateful
 
 
-_Layer = TypeVar("_Layer")
 # Before the first call, so that evaluation is of use from the start.
 _FIRST_STEPS = 15
 
@@ -51,18 +50,21 @@ def _unit(vector: Array, old: Array, epsilon: float) -> Array:
 
 
 def _step(
-    weight: Array, stats: SpectralStats, features: tuple[int, ...], epsilon: float
+    weight: Array,
+    stats: SpectralStats,
+    features: tuple[int, ...],
+    others: tuple[int, ...],
+    epsilon: float,
 ) -> SpectralStats:
     """One power iteration. (Sums, not products of matrices: those are in lower precision
     on accelerators, and refuse sharded weights on an Explicit mesh.)"""
-    others = other_axes(features, weight.ndim)
     u = shard_like(stats.u, weight)
     v = _unit(jnp.sum(weight.conj() * u, features, keepdims=True), stats.v, epsilon)
     u = _unit(jnp.sum(weight * v, others, keepdims=True), stats.u, epsilon)
     return SpectralStats(u, v, stats.sigma)
 
 
-class SpectralNorm(StatefulLayer, Generic[_Layer]):
+class SpectralNorm(AbstractWrapper[Layer]):
     r"""Calls a layer with weights divided by their largest singular value.
 
     $$w = \frac{v}{\sigma(v)}, \qquad \sigma(v) = \max_{|a| = 1} |v a|$$
@@ -92,18 +94,13 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
         `nnx.SpectralNorm`.
     """
 
-    layer: _Layer
     state_index: StateIndex[tuple[SpectralStats, ...]]
     inference: bool
-    weights: tuple[str, ...] = eqx.field(static=True)
-    feature_axes: tuple[int, ...] = eqx.field(static=True)
     n_steps: int = eqx.field(static=True)
-    epsilon: float = eqx.field(static=True)
-    dtype: np.dtype | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __init__(
         self,
-        layer: _Layer,
+        layer: Layer,
         *,
         feature_axes: Axes = 0,
         n_steps: int = 1,
@@ -112,7 +109,7 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
         param_dtype: DTypeLike = jnp.float32,
         error_on_non_matrix: bool = False,
         update_stats: bool = True,
-        where: Callable[[_Layer], Any] | None = None,
+        where: Callable[[Layer], Any] | None = None,
         key: PRNGKeyArray,
     ):
         """**Arguments:**
@@ -140,9 +137,9 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
         `ValueError` where one of these is not as described.
         """
         name = type(self).__name__
-        self.layer = layer
-        self.weights = choose_weights(layer, where, wrapper=name)
-        self.feature_axes = check_axes(feature_axes, layer=name, argument="feature_axes")
+        weights = self._set_common(
+            layer, where, feature_axes=feature_axes, epsilon=epsilon, dtype=dtype
+        )
         (n_steps,) = check_integers(n_steps, layer=name, argument="n_steps")
         if n_steps < 1:
             raise ValueError(
@@ -150,12 +147,7 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
                 "singular vectors as they are, use `update_stats=False`."
             )
         self.n_steps = n_steps
-        self.epsilon = check_epsilon(epsilon, layer=name)
-        self.dtype = (
-            None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
-        )
         param_dtype = check_dtype(param_dtype, layer=name, argument="param_dtype")
-        weights = get_weights(layer, self.weights, wrapper=name)
         inside = directions(layer)
         if any(path in inside for path in self.weights):
             raise ValueError(
@@ -178,19 +170,10 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
         )
         self.inference = not update_stats
 
-    def _features(self, weight: Array) -> tuple[int, ...]:
-        return canonicalize_axes(
-            self.feature_axes,
-            weight.ndim,
-            layer=type(self).__name__,
-            argument="feature_axes",
-        )
-
     def _init(self, weight: Array, dtype: np.dtype, key: PRNGKeyArray) -> SpectralStats:
-        features = self._features(weight)
         shapes = (
-            [n if (axis in features) == rows else 1 for axis, n in enumerate(weight.shape)]
-            for rows in (True, False)
+            [n if axis in axes else 1 for axis, n in enumerate(weight.shape)]
+            for axes in self._axes(weight)
         )
         u, v = (
             _unit(draw, draw, 0.0)
@@ -205,7 +188,7 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
     def _update(self, weight: Array, old: SpectralStats, steps: int) -> SpectralStats:
         weight, stats = lax.stop_gradient(weight).astype(old.u.dtype), old
         for _ in range(steps):
-            stats = _step(weight, stats, self._features(weight), self.epsilon)
+            stats = _step(weight, stats, *self._axes(weight), self.epsilon)
         sigma = _sigma(weight, stats)
         sigma = jnp.where(jnp.isfinite(sigma), sigma, stats.sigma)
         # Sharded as before, so that a step can be the body of a scan.
@@ -247,7 +230,7 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
         `ValueError` if `state` holds nothing for this layer; what the layer raises.
         """
         stats = get_state(state, self.state_index, layer=type(self).__name__)
-        weights = get_weights(self.layer, self.weights, wrapper=type(self).__name__)
+        weights = self._weights()
         if not self.inference if update_stats is None else update_stats:
             stats = tuple(
                 self._update(weight, old, self.n_steps)
@@ -256,13 +239,10 @@ class SpectralNorm(StatefulLayer, Generic[_Layer]):
             state = set_state(state, self.state_index, stats)
         # For the backward pass the weight is kept, not a wider copy of it.
         normalized = jax.checkpoint(lambda *args: self._normalized(*args))
-        new = tuple(map(normalized, weights, stats))
-        layer: Any = set_weights(self.layer, self.weights, new)
-        if key is not None:
-            kwargs["key"] = key
+        new = map(normalized, weights, stats)
         if is_stateful(self.layer):
-            return layer(x, state, *args, **kwargs)
-        return layer(x, *args, **kwargs), state
+            return self._call(new, x, state, *args, key=key, **kwargs)
+        return self._call(new, x, *args, key=key, **kwargs), state
 
     def spectral_stats(self, state: State) -> tuple[SpectralStats, ...]:
         """What `state` holds for this layer, weight by weight in the order of the field

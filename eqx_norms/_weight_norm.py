@@ -1,36 +1,24 @@
 import math
 from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from equinox.nn import StatefulLayer
 from jax.nn.initializers import ones
 from jaxtyping import Array, Inexact, PRNGKeyArray
 
 from ._affine import init_affine
-from ._axes import (
-    canonicalize_axes,
-    check_axes,
-    feature_shape,
-    from_features,
-    other_axes,
-    to_features,
-)
+from ._axes import feature_shape, from_features, to_features
 from ._collectives import ALONE
-from ._dtypes import check_dtype, check_epsilon, promote, result_dtype
+from ._dtypes import promote, result_dtype
 from ._moments import Reduction, moments
 from ._normalize import Inputs, standardize
 from ._types import Axes, DTypeLike, Initializer
-from ._wrapped import choose_weights, get_weights, is_stateful, set_weights
+from ._wrapped import AbstractWrapper, Layer, is_stateful
 
 
-_Layer = TypeVar("_Layer")
-
-
-class WeightNorm(StatefulLayer, Generic[_Layer]):
+class WeightNorm(AbstractWrapper[Layer]):
     r"""Calls a layer with weights of a length of their own, apart from their direction.
 
     $$w = g * \frac{v}{\sqrt{\sum |v|^2 + \varepsilon}}$$
@@ -53,16 +41,11 @@ class WeightNorm(StatefulLayer, Generic[_Layer]):
         Flax's `nnx.WeightNorm`.
     """
 
-    layer: _Layer
     scales: tuple[Inexact[Array, "..."], ...] | None
-    weights: tuple[str, ...] = eqx.field(static=True)
-    feature_axes: tuple[int, ...] = eqx.field(static=True)
-    epsilon: float = eqx.field(static=True)
-    dtype: np.dtype | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __init__(
         self,
-        layer: _Layer,
+        layer: Layer,
         *,
         feature_axes: Axes | None = 0,
         use_scale: bool = True,
@@ -70,7 +53,7 @@ class WeightNorm(StatefulLayer, Generic[_Layer]):
         epsilon: float = 1e-12,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        where: Callable[[_Layer], Any] | None = None,
+        where: Callable[[Layer], Any] | None = None,
         key: PRNGKeyArray | None = None,
     ):
         """**Arguments:**
@@ -99,27 +82,22 @@ class WeightNorm(StatefulLayer, Generic[_Layer]):
         `feature_axes`.
         """
         name = type(self).__name__
-        self.layer = layer
-        self.weights = choose_weights(layer, where, wrapper=name)
-        self.feature_axes = (
-            ()
-            if feature_axes is None
-            else check_axes(feature_axes, layer=name, argument="feature_axes")
-        )
-        self.epsilon = check_epsilon(epsilon, layer=name)
-        self.dtype = (
-            None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
+        weights = self._set_common(
+            layer,
+            where,
+            feature_axes=() if feature_axes is None else feature_axes,
+            epsilon=epsilon,
+            dtype=dtype,
         )
         if isinstance(scale_init, str) and (scale_init != "norm" or not use_scale):
             raise ValueError(
                 f"{name}: `scale_init` must be an initializer, or with `use_scale=True` "
                 f'"norm", got {scale_init!r} and `use_scale={use_scale}`.'
             )
-        weights = get_weights(layer, self.weights, wrapper=name)
         keys = [None] * len(weights) if key is None else jax.random.split(key, len(weights))
         scales = []
         for weight, key in zip(weights, keys, strict=True):
-            axes, _ = self._axes(weight)
+            axes, _ = self._reduction(weight)
             init = scale_init
             if init == "norm":
                 init = lambda key, shape, dtype, weight=weight: self._norm(weight, dtype)  # noqa: E731
@@ -137,34 +115,30 @@ class WeightNorm(StatefulLayer, Generic[_Layer]):
     def is_stateful(self) -> bool:
         return is_stateful(self.layer)
 
-    def _axes(self, weight: Array) -> tuple[tuple[int, ...], Reduction]:
-        name = type(self).__name__
-        axes = canonicalize_axes(
-            self.feature_axes, weight.ndim, layer=name, argument="feature_axes"
-        )
-        over = other_axes(axes, weight.ndim)
-        if not over:
+    def _reduction(self, weight: Array) -> tuple[tuple[int, ...], Reduction]:
+        """The feature axes, and what lengths are over."""
+        axes, others = self._axes(weight)
+        if not others:
             raise ValueError(
-                f"{name}: a weight of shape {weight.shape} has no axis left to take its "
-                f"length over besides `feature_axes={self.feature_axes}`. Choose others, "
-                "or other weights with `where`."
+                f"{type(self).__name__}: a weight of shape {weight.shape} has no axis left "
+                f"to take its length over besides `feature_axes={self.feature_axes}`. "
+                "Choose others, or other weights with `where`."
             )
-        return axes, Reduction(over, promote(weight.dtype, jnp.float32))
+        return axes, Reduction(others, promote(weight.dtype, jnp.float32))
 
     # The length is the root mean square times the root of how many are averaged.
 
     def _norm(self, weight: Array, dtype: np.dtype) -> Array:
-        axes, reduction = self._axes(weight)
+        axes, reduction = self._reduction(weight)
         size = reduction.size(weight.shape)
         own, _ = moments(weight, None, reduction, (ALONE, ALONE), center=False, fast=True)
         norm = math.sqrt(size) * jnp.sqrt(own.var + self.epsilon / size)
         return from_features(norm, axes).astype(dtype)
 
     def _normalized(self, weight: Array, scale: Array | None) -> Array:
-        name = type(self).__name__
-        axes, reduction = self._axes(weight)
+        axes, reduction = self._reduction(weight)
         size = reduction.size(weight.shape)
-        dtype = result_dtype(self.dtype, weight, scale, layer=name)
+        dtype = result_dtype(self.dtype, weight, scale, layer=type(self).__name__)
         wide = promote(reduction.dtype, dtype)
         if scale is None:
             length = jnp.ones([1] * weight.ndim, wide)
@@ -198,13 +172,10 @@ class WeightNorm(StatefulLayer, Generic[_Layer]):
 
         What the layer raises.
         """
-        weights = get_weights(self.layer, self.weights, wrapper=type(self).__name__)
+        weights = self._weights()
         scales = (None,) * len(weights) if self.scales is None else self.scales
-        new = tuple(map(self._normalized, weights, scales))
-        layer: Any = set_weights(self.layer, self.weights, new)
-        if key is not None:
-            kwargs["key"] = key
-        return layer(x, *args, **kwargs)
+        new = map(self._normalized, weights, scales)
+        return self._call(new, x, *args, key=key, **kwargs)
 
 
 def directions(tree: Any) -> set[str]:

@@ -1,16 +1,21 @@
 """The weights of another layer: chosen, read, and replaced in a copy of it."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
-from equinox.nn import StateIndex
+import numpy as np
+from equinox.nn import StatefulLayer, StateIndex
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array
 
+from ._axes import canonicalize_axes, check_axes, other_axes
+from ._dtypes import check_dtype, check_epsilon
+from ._types import Axes, DTypeLike
 
-T = TypeVar("T")
+
+Layer = TypeVar("Layer")
 
 
 def choose_weights(
@@ -43,19 +48,65 @@ def choose_weights(
     return paths
 
 
-def get_weights(layer: Any, paths: tuple[str, ...], *, wrapper: str) -> tuple[Array, ...]:
-    leaves = {keystr(path): leaf for path, leaf in tree_leaves_with_path(layer)}
-    if not leaves.keys() >= set(paths):
-        raise ValueError(
-            f"{wrapper}: the weights that were chosen when it was made are {list(paths)}, "
-            f"but now the layer has {list(leaves)}. Wrap the new layer anew."
+class AbstractWrapper(StatefulLayer, Generic[Layer]):
+    """A layer, and which of its weights others take the place of when it is called."""
+
+    layer: Layer
+    weights: tuple[str, ...] = eqx.field(static=True)
+    feature_axes: tuple[int, ...] = eqx.field(static=True)
+    epsilon: float = eqx.field(static=True)
+    dtype: np.dtype | None = eqx.field(static=True, default=None, kw_only=True)
+
+    def _set_common(
+        self,
+        layer: Layer,
+        where: Callable[[Any], Any] | None,
+        *,
+        feature_axes: Axes,
+        epsilon: float,
+        dtype: DTypeLike | None,
+    ) -> tuple[Array, ...]:
+        """Sets these fields, from within a constructor, and returns the weights."""
+        name = type(self).__name__
+        self.layer = layer
+        self.weights = choose_weights(layer, where, wrapper=name)
+        self.feature_axes = check_axes(feature_axes, layer=name, argument="feature_axes")
+        self.epsilon = check_epsilon(epsilon, layer=name)
+        self.dtype = (
+            None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
         )
-    return tuple(leaves[path] for path in paths)
+        return self._weights()
 
+    def _axes(self, weight: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The feature axes of a weight, and all others."""
+        axes = canonicalize_axes(
+            self.feature_axes,
+            weight.ndim,
+            layer=type(self).__name__,
+            argument="feature_axes",
+        )
+        return axes, other_axes(axes, weight.ndim)
 
-def set_weights(layer: T, paths: tuple[str, ...], weights: tuple[Array, ...]) -> T:
-    new = dict(zip(paths, weights, strict=True))
-    return tree_map_with_path(lambda path, leaf: new.get(keystr(path), leaf), layer)
+    def _weights(self) -> tuple[Array, ...]:
+        leaves = {keystr(path): leaf for path, leaf in tree_leaves_with_path(self.layer)}
+        if not leaves.keys() >= set(self.weights):
+            raise ValueError(
+                f"{type(self).__name__}: the weights that were chosen when it was made are "
+                f"{list(self.weights)}, but now the layer has {list(leaves)}. Wrap the new "
+                "layer anew."
+            )
+        return tuple(leaves[path] for path in self.weights)
+
+    def _call(
+        self, weights: Iterable[Array], *args: Any, key: Any = None, **kwargs: Any
+    ) -> Any:
+        """Calls a copy of the layer with other weights."""
+        new = dict(zip(self.weights, weights, strict=True))
+        layer: Any = tree_map_with_path(
+            lambda path, leaf: new.get(keystr(path), leaf), self.layer
+        )
+        # Not every layer takes a key.
+        return layer(*args, **kwargs) if key is None else layer(*args, key=key, **kwargs)
 
 
 def is_stateful(layer: Any) -> bool:

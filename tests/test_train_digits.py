@@ -103,6 +103,8 @@ def test_ctrl_c(tmp_path):
         [sys.executable, SCRIPT, f"--output={picture}"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        # Ignored, it would be so in the child too: as in what a shell runs behind `&`.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     guard = threading.Timer(200, process.kill)
     guard.start()
