@@ -10,7 +10,16 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from .helpers import all_norms, call, clone, float64, normal, plain, reference
+from .helpers import (
+    all_norms,
+    call,
+    clone,
+    float64,
+    normal,
+    plain,
+    quick_jit,
+    reference,
+)
 
 
 SHAPE = (6, 5, 8)
@@ -19,7 +28,7 @@ EPSILON = 1e-3
 # Shapes of masks: along the batch, space, features, and some of them together.
 mask_shapes = pytest.mark.parametrize(
     "shape",
-    [(6, 1, 1), (1, 5, 1), (5, 1), (8,), (6, 5, 1), (6, 1, 8), SHAPE],
+    [(6, 1, 1), (5, 1), (8,), (6, 1, 8), SHAPE],
     ids=str,
 )
 
@@ -81,11 +90,17 @@ def test_against_plain_code(case, shape):
     # In float64: where few positions are counted, float32 is no reference.
     with float64():
         clean = jnp.where(counted, x, 0).astype(jnp.float64)
-        expected = jax.grad(lambda x: jnp.sum(jnp.where(counted, jnp.sin(f(x)), 0)))(clean)
+        expected = quick_jit(
+            jax.grad(lambda x: jnp.sum(jnp.where(counted, jnp.sin(f(x)), 0)))
+        )(clean)
     # What is excluded is normalised as well, so it reaches the gradient of the statistics
     # by its output: a loss that leaves these outputs out must not see it at all.
-    only = jax.grad(
-        lambda x: jnp.sum(jnp.where(counted, jnp.sin(call(layer, state, x, mask=mask)), 0))
+    only = quick_jit(
+        jax.grad(
+            lambda x: jnp.sum(
+                jnp.where(counted, jnp.sin(call(layer, state, x, mask=mask)), 0)
+            )
+        )
     )(x)
     np.testing.assert_allclose(only, expected, rtol=1e-4, atol=1e-5)
     assert np.isfinite(dx).all()
