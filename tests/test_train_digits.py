@@ -99,12 +99,17 @@ def test_a_bad_option_is_a_usage_error(script, capsys, option, message):
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is sent differently there")
 def test_ctrl_c(tmp_path):
     picture = tmp_path / "curves.png"
+    # A shell has what it runs behind `&` ignore the signal, and so its children.
+    program = (
+        "import runpy, signal, sys;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "sys.argv = sys.argv[1:];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, f"--output={picture}"],
+        [sys.executable, "-c", program, SCRIPT, f"--output={picture}"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        # Ignored, it would be so in the child too: as in what a shell runs behind `&`.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     guard = threading.Timer(200, process.kill)
     guard.start()
