@@ -71,6 +71,18 @@ def shard_like(array: Array, like: Array) -> Array:
     return jax.sharding.reshard(array, PartitionSpec(*spec))
 
 
+def is_sharded(x: Array, axes: Sequence[int]) -> bool:
+    """Whether an array is split over devices along one of these axes, so far as its type
+    says; on an Auto mesh it does not."""
+    spec = jax.typeof(x).sharding.spec
+    return any(spec[axis] is not None for axis in axes)
+
+
+def may_be_sharded(x: Array, axes: Sequence[int]) -> bool:
+    auto = AxisType.Auto in jax.typeof(x).sharding.mesh.axis_types
+    return auto or is_sharded(x, axes)
+
+
 def example_axes(
     batch_axes: Axes, feature_axes: Sequence[int], ndim: int, *, layer: str
 ) -> tuple[int, ...]:

@@ -1,6 +1,5 @@
 import math
-from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -14,7 +13,7 @@ from ._collectives import bound_members
 from ._dtypes import cast, real_dtype
 from ._layer import AbstractNorm
 from ._moments import Moments, Reduction
-from ._normalize import normalize, standardize
+from ._normalize import normalize, standardize_batch
 from ._running import (
     PooledStats,
     RunningStats,
@@ -24,6 +23,7 @@ from ._running import (
     update,
 )
 from ._state import get_state, needs_state, set_state
+from ._trees import find_nodes, map_nodes
 from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 
 
@@ -234,7 +234,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
                 "or, for one example inside `jax.vmap(..., axis_name='batch')`, make the "
                 "layer with `axis_name='batch'`."
             )
-        y, rows = standardize(
+        y, rows = standardize_batch(
             inputs,
             reduction,
             members,
@@ -274,31 +274,29 @@ def freeze(model: Model) -> Model:
 
     `ValueError` if there is none.
     """
-    return _set_frozen(model, True)
+    return _set_frozen(model, True, "freeze")
 
 
 def unfreeze(model: Model) -> Model:
     """The opposite of [`eqx_norms.freeze`][]."""
-    return _set_frozen(model, False)
+    return _set_frozen(model, False, "unfreeze")
 
 
-def _set_frozen(model: Model, frozen: bool) -> Model:
-    return change_layers(
-        model, lambda layer: eqx.tree_at(lambda layer: layer.frozen, layer, frozen)
+def _set_frozen(model: Model, frozen: bool, source: str) -> Model:
+    find_batch_norms(model, source)
+    return map_nodes(
+        lambda layer: eqx.tree_at(lambda layer: layer.frozen, layer, frozen),
+        model,
+        BatchNorm,
     )
 
 
-def change_layers(model: Model, change: Callable[[BatchNorm], BatchNorm]) -> Model:
-    """Replaces every `BatchNorm` in a model, which must have one."""
-
-    def is_layer(node):
-        return isinstance(node, BatchNorm)
-
-    if not any(is_layer(node) for node in jax.tree.leaves(model, is_leaf=is_layer)):
+def find_batch_norms(model: Any, source: str) -> dict[str, BatchNorm]:
+    """Every `BatchNorm` in a model, which must have one, by path."""
+    layers = find_nodes(model, BatchNorm)
+    if not layers:
         raise ValueError(
-            "There is no `eqx_norms.BatchNorm` in this model. Those of `equinox.nn` become "
-            "such by `eqx_norms.replace_norms`."
+            f"{source}: there is no `eqx_norms.BatchNorm` in this model. Those of "
+            "`equinox.nn` become such by `eqx_norms.replace_norms`."
         )
-    return jax.tree.map(
-        lambda node: change(node) if is_layer(node) else node, model, is_leaf=is_layer
-    )
+    return layers

@@ -219,7 +219,7 @@ class AbstractExampleNorm(AbstractNorm):
                     f"{name}: no axis to take statistics over in an input of shape "
                     f"{inputs.x.shape}. Name one in `reduction_axes`, or an `axis_name`."
                 )
-            y, _ = standardize(
+            y = standardize(
                 inputs,
                 reduction,
                 bound_members(self.axis_name, self.axis_index_groups, layer=name),

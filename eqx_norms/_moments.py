@@ -27,9 +27,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from ._axes import unshard
+from ._axes import is_sharded, unshard
 from ._collectives import Members
-from ._dtypes import real_dtype
+from ._dtypes import has_half_the_bits, real_dtype
 from ._rules import lean
 from ._types import Shape
 
@@ -89,12 +89,42 @@ class Reduction(NamedTuple):
         axis, number = self.groups
         return jnp.repeat(statistic, like.shape[axis] // number, axis)
 
-    def deviation(self, x: Array, shift: Array | None, offset: Array | None) -> Array:
-        """`x - mean`, in the precision of the statistics."""
+    def trailing(self, ndim: int) -> bool:
+        """Whether it is over the last axes of an input of that rank: over rows."""
+        return set(self.axes) == set(range(ndim - len(self.axes), ndim))
+
+    def unit(self, x: Array, shift: Array | None) -> float:
+        """What deviations are multiplied by: a power of two, so that those whose squares
+        fit do not overflow in their sum. Without a shift, so that those a sixteenth as
+        large do not (1e18 in float32): there the multiplication costs more."""
+        limits = jnp.finfo(self.dtype)
+        largest = math.sqrt(limits.max) / (16 if shift is None else 1)
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            largest = min(largest, 2 * float(jnp.finfo(x.dtype).max))
+        excess = math.log2(self.size(x.shape)) + 2 * math.log2(largest) - limits.maxexp
+        return 2.0 ** -max(0, math.ceil(excess / 2))
+
+    def row_unit(self, x: Array, shift: Array | None) -> float:
+        """For what is not squared: the same for rows, where deviations are at hand from the
+        sums; none where they are computed anew."""
+        return self.unit(x, shift) if self.trailing(x.ndim) else 1.0
+
+    def deviation(
+        self, x: Array, shift: Array | None, offset: Array | None, unit: float
+    ) -> Array:
+        """`(x - mean) * unit`, in the precision of the statistics."""
         d = x.astype(self.dtype)
-        for part in (shift, offset):
-            if part is not None:
-                d = d - self.spread(part, x).astype(d.dtype)
+        if shift is not None:
+            d = d - self.spread(shift, x).astype(d.dtype)
+        if unit != 1:
+            # Not by a constant: XLA's CPU code writes one that several fusions share out,
+            # as large as the input.
+            if shift is not None and self.trailing(x.ndim):
+                d = d * self.spread(0 * shift + unit, x).astype(d.dtype)
+            else:
+                d = d * lax.optimization_barrier(jnp.asarray(unit, d.dtype))
+        if offset is not None:
+            d = d - self.spread(offset * unit, x).astype(d.dtype)
         return d
 
 
@@ -136,24 +166,29 @@ def counted(mask: Array | None, x: Array) -> Array:
 class _Spec(NamedTuple):
     reduction: Reduction
     center: bool
+    # Whether the shift is the mean, as exact as it is of use: the first is zero then.
+    at_mean: bool
 
 
 def _sums(spec, x, mask, shift):
-    # Scaled before they are squared, deviations whose squares fit do not overflow in their
-    # sum; a power of two scales without rounding.
-    p = 2.0 ** -math.ceil(math.log2(spec.reduction.size(x.shape)) / 2)
-    d = counted(mask, p * spec.reduction.deviation(x, shift, None))
-    first = spec.reduction.mean(d) / p if spec.center else None
-    return first, spec.reduction.mean(abs_square(d)) / p**2
+    unit = spec.reduction.unit(x, shift)
+    d = counted(mask, spec.reduction.deviation(x, shift, None, unit))
+    second = spec.reduction.mean(abs_square(d)) / unit**2
+    if not spec.center:
+        return None, second
+    if spec.at_mean:
+        return jnp.zeros_like(second, d.dtype), second
+    return spec.reduction.mean(d) / unit, second
 
 
 def sums_tangent(reduction, center, x, mask, shift, offset, dx):
     """The derivative of the two means; with shift and offset together, that of mean and
     variance, if nothing is masked."""
-    d = counted(mask, reduction.deviation(x, shift, offset))
+    unit = reduction.row_unit(x, shift)
+    d = counted(mask, reduction.deviation(x, shift, offset, unit))
     t = counted(mask, dx.astype(d.dtype))
     first = reduction.mean(t) if center else None
-    return first, 2 * reduction.mean(real_product(d, t))
+    return first, 2 * reduction.mean(real_product(d, t)) / unit
 
 
 def _sums_tangent(spec, kept, dx, *_):
@@ -172,10 +207,8 @@ def _guess(x: Array, reduction: Reduction) -> Array | None:
     be sliced as well.
     """
     # On an Explicit mesh JAX refuses to slice along a sharded axis.
-    sharding = jax.typeof(x).sharding.spec
-    sharded = any(sharding[axis] is not None for axis in reduction.axes)
-    trailing = set(reduction.axes) == set(range(x.ndim - len(reduction.axes), x.ndim))
-    if sharded or trailing or jnp.iscomplexobj(x) or x.size == 0:
+    sharded = is_sharded(x, reduction.axes)
+    if sharded or reduction.trailing(x.ndim) or jnp.iscomplexobj(x) or x.size == 0:
         return None
 
     def at(position):
@@ -246,7 +279,7 @@ def moments(
         weight = jnp.zeros(reduction.shape(x.shape), real_dtype(reduction.dtype))
 
     # First what is on this device, about a shift of its own.
-    shift = shifts = None
+    shift = shifts = guess = None
     if center:
         guess = _guess(x, reduction) if fast and mask is None and not here.names else None
         if guess is None:
@@ -256,7 +289,9 @@ def moments(
             shifts = guess[None]
         shifts = lax.stop_gradient(shifts)
         shift = here.own(shifts)
-    first, second = _block_sums(_Spec(reduction, center), x, mask, shift)
+    # What rounding left out of the mean of half-precision data is nothing to the data.
+    at_mean = guess is None and has_half_the_bits(x.dtype, reduction.dtype)
+    first, second = _block_sums(_Spec(reduction, center, at_mean), x, mask, shift)
     rows = _pool(here, shifts, weight, first, second)
     own = jax.tree.map(here.own, rows)
     if not elsewhere.names:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from ._axes import may_be_sharded
 from ._collectives import ALONE, Members
 from ._moments import Moments, Reduction, moments, sums_tangent
 from ._rules import lean
@@ -40,8 +41,9 @@ class _Spec(NamedTuple):
 
 
 def _deviation(spec, x, mask, m):
-    """`x - mean`, the inverse standard deviation laid out against it, and which positions
-    are left as they are: an excluded one that does not come out finite counts as zero."""
+    """`(x - mean) * unit`, what to multiply that with, laid out against it, and which
+    positions are left as they are: an excluded one that does not come out finite counts as
+    zero."""
     v, tiny = m.var + spec.epsilon, jnp.finfo(m.var.dtype).tiny
     if spec.epsilon > tiny:
         inverse = lax.rsqrt(v)
@@ -51,12 +53,13 @@ def _deviation(spec, x, mask, m):
         inverse = jnp.where(v > tiny, lax.rsqrt(jnp.where(v > tiny, v, 1)), 0)
     if m.weight is not None:
         inverse = jnp.where(m.weight > 0, inverse, 0)
-    inverse = spec.reduction.spread(inverse, x).astype(spec.reduction.dtype)
-    d = spec.reduction.deviation(x, m.shift, m.offset)
+    unit = spec.reduction.row_unit(x, m.shift)
+    inverse = spec.reduction.spread(inverse / unit, x).astype(spec.reduction.dtype)
+    d = spec.reduction.deviation(x, m.shift, m.offset, unit)
     if mask is None:
         return d, inverse, None
     valid = mask | jnp.isfinite(d * inverse)
-    zero = spec.reduction.deviation(jnp.zeros_like(x), m.shift, m.offset)
+    zero = spec.reduction.deviation(jnp.zeros_like(x), m.shift, m.offset, unit)
     return jnp.where(valid, d, zero), inverse, valid
 
 
@@ -87,12 +90,9 @@ def _total_scale(spec: _Spec, terms: tuple[Array, ...]) -> Array | None:
 def _apply(spec, x, mask, scale, bias, m):
     d, inverse, _ = _deviation(spec, x, mask, m)
     scale, bias = _total_scale(spec, scale), _total(bias, d.dtype)
-    if scale is None:
-        y = d * inverse
-    elif _folds(inverse, scale):
-        y = d * (inverse * scale)
-    else:
-        y = d * inverse * scale
+    y = d * inverse
+    if scale is not None:
+        y = y * scale
     if bias is not None:
         y = y + bias
     return y.astype(spec.dtype)
@@ -103,6 +103,7 @@ def _apply_tangent(spec, x, mask, scale, m, dx, dscale, dbias, dmean, dvar):
     each is one sum over the input."""
     d, inverse, valid = _deviation(spec, x, mask, m)
     z = d * inverse
+    inverse = inverse * spec.reduction.row_unit(x, m.shift)
 
     def laid_out(statistic):
         return (
@@ -153,10 +154,15 @@ _normalize = lean(
 # the other.
 
 
-def _apply_own(spec, x, mask, scale, bias):
+def _own_moments(spec, x, mask):
     m, _ = moments(
         x, mask, spec.reduction, (ALONE, ALONE), center=spec.center, fast=spec.fast
     )
+    return m
+
+
+def _apply_own(spec, x, mask, scale, bias):
+    m = _own_moments(spec, x, mask)
     return _apply(spec, x, mask, scale, bias, m), m
 
 
@@ -186,6 +192,51 @@ _normalize_own = lean(
 )
 
 
+# On a CPU, rows are done without the moments being kept. XLA does a whole forward or
+# backward pass over them in one go, each row while it is at hand, if nothing else is asked
+# of it: not the moments, nor the sums over columns that scale and bias want, whose pass
+# finds the moments once more. Elsewhere, and where rows may be split over devices, to have
+# them again costs readings and communication.
+
+
+def _apply_row(spec, *args):
+    return _apply_own(spec, *args)[0]
+
+
+def _apply_row_tangent(spec, kept, *tangents):
+    x, mask, scale = kept
+    m = _own_moments(spec, x, mask)
+    return _apply_own_tangent(spec, (x, mask, scale, m), *tangents)[0]
+
+
+def _input_apart(dx, dmask, dscale, dbias):
+    def none(tangents):
+        return jax.tree.map(lambda _: None, tangents)
+
+    if dx is None or not jax.tree.leaves(dscale):
+        # (Bias alone would be broadcast, and its gradient added up, in `spec.dtype`.)
+        return [(dx, dmask, dscale, dbias)]
+    return [(dx, dmask, none(dscale), none(dbias)), (None, dmask, dscale, dbias)]
+
+
+_normalize_row = lean(
+    _apply_row, _apply_row_tangent, lambda args, _: args[:3], _input_apart
+)
+
+
+def _in_rows(inputs: Inputs, reduction: Reduction) -> bool:
+    """Whether to do so: for rows along which scale and bias vary, if there are any."""
+    x, terms = inputs.x, (*inputs.scale, *inputs.bias)
+    rows = reduction.groups is None and reduction.trailing(x.ndim)
+    along = any(term.shape[axis] != 1 for term in terms for axis in reduction.axes)
+    return (
+        rows
+        and (along or not terms)
+        and not may_be_sharded(x, reduction.axes)
+        and jax.default_backend() == "cpu"
+    )
+
+
 def normalize(inputs: Inputs, m: Moments, *, epsilon: float) -> Array:
     """Normalises with given moments, of the rank of the input."""
     reduction = Reduction((), inputs.compute_dtype)
@@ -194,6 +245,25 @@ def normalize(inputs: Inputs, m: Moments, *, epsilon: float) -> Array:
 
 
 def standardize(
+    inputs: Inputs,
+    reduction: Reduction,
+    members: tuple[Members, Members],
+    *,
+    epsilon: float,
+    center: bool = True,
+    fast: bool = True,
+) -> Array:
+    """Normalises with the input's own moments."""
+    if not any(m.names for m in members) and _in_rows(inputs, reduction):
+        spec = _Spec(reduction, epsilon, inputs.scale_offset, inputs.dtype, center, fast)
+        return _normalize_row(spec, inputs.x, inputs.mask, inputs.scale, inputs.bias)
+    y, _ = standardize_batch(
+        inputs, reduction, members, epsilon=epsilon, center=center, fast=fast
+    )
+    return y
+
+
+def standardize_batch(
     inputs: Inputs,
     reduction: Reduction,
     members: tuple[Members, Members],

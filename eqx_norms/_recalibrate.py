@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from equinox.nn import State
 
-from ._batch_norm import BatchNorm, change_layers
+from ._batch_norm import BatchNorm, find_batch_norms
 from ._running import PooledStats, RunningStats
 from ._state import get_state
+from ._trees import map_nodes
 
 
 Model = TypeVar("Model")
@@ -80,7 +81,7 @@ def recalibrate(
     layers = _layers(model)
     old = {name: layer.running_stats(state) for name, layer in layers.items()}
     start = _replace(state, layers, {name: _start(old[name]) for name in layers})
-    model = change_layers(model, _in_training)
+    model = map_nodes(_in_training, model, BatchNorm)
     totals = {name: _NOTHING for name in layers}
     number = 0
     for batch in _with_bar(batches) if progress else batches:
@@ -106,19 +107,8 @@ def recalibrate(
 
 def _layers(model: Any) -> dict[str, BatchNorm]:
     """The layers to recalibrate, by where they are in the model."""
-    nodes, _ = jax.tree_util.tree_flatten_with_path(
-        model, is_leaf=lambda node: isinstance(node, BatchNorm)
-    )
-    layers = {
-        f"`model{jax.tree_util.keystr(path)}`": node
-        for path, node in nodes
-        if isinstance(node, BatchNorm)
-    }
-    if not layers:
-        raise ValueError(
-            "recalibrate: there is no `eqx_norms.BatchNorm` in this model. Those of "
-            "`equinox.nn` become such by `eqx_norms.replace_norms`."
-        )
+    found = find_batch_norms(model, "recalibrate")
+    layers = {f"`model{path}`": layer for path, layer in found.items()}
     thawed = {name: layer for name, layer in layers.items() if not layer.frozen}
     if not thawed:
         raise ValueError(

@@ -14,6 +14,7 @@ from ._collectives import ALONE
 from ._dtypes import promote, result_dtype
 from ._moments import Reduction, moments
 from ._normalize import Inputs, standardize
+from ._trees import find_nodes
 from ._types import Axes, DTypeLike, Initializer
 from ._wrapped import AbstractWrapper, Layer, is_stateful
 
@@ -147,14 +148,13 @@ class WeightNorm(AbstractWrapper[Layer]):
         inputs = Inputs(
             weight, None, (length / math.sqrt(size),), (), 0.0, axes, wide, dtype
         )
-        y, _ = standardize(
+        return standardize(
             inputs,
             reduction._replace(dtype=wide),
             (ALONE, ALONE),
             epsilon=self.epsilon / size,
             center=False,
         )
-        return y
 
     @jax.named_scope("eqx_norms.WeightNorm")
     def __call__(
@@ -180,10 +180,8 @@ class WeightNorm(AbstractWrapper[Layer]):
 
 def directions(tree: Any) -> set[str]:
     """The paths of the weights that a `WeightNorm` within a tree works on."""
-    is_wrapper = lambda node: isinstance(node, WeightNorm)  # noqa: E731
     return {
-        f"{jax.tree_util.keystr(path)}.layer{weight}"
-        for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_wrapper)
-        if is_wrapper(node)
-        for weight in node.weights
+        f"{path}.layer{weight}"
+        for path, wrapper in find_nodes(tree, WeightNorm).items()
+        for weight in wrapper.weights
     }

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from ._axes import canonicalize_axes, check_axes, other_axes
 from ._dtypes import check_dtype, check_epsilon
+from ._trees import find_nodes
 from ._types import Axes, DTypeLike
 
 
@@ -111,5 +112,4 @@ class AbstractWrapper(StatefulLayer, Generic[Layer]):
 
 def is_stateful(layer: Any) -> bool:
     """Whether there is a state anywhere in a layer, which then is called with it."""
-    is_index = lambda node: isinstance(node, StateIndex)  # noqa: E731
-    return any(map(is_index, jax.tree.leaves(layer, is_leaf=is_index)))
+    return bool(find_nodes(layer, StateIndex))

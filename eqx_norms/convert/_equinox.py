@@ -14,6 +14,7 @@ from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
 from .._spectral_norm import SpectralNorm, SpectralStats
 from .._state import get_state
+from .._trees import find_nodes
 from .._weight_norm import WeightNorm
 from ._common import (
     as_num_features,
@@ -128,8 +129,9 @@ def replace_norms(model: Any, state: State | None = None) -> Any:
     if state is None:
         return new
     # A new layer's state has the marker of one of the old layer's.
-    old = {index.marker for index in _indices(norms)}
-    values = {i.marker: i.init for i in _indices(new) if i.marker in old}
+    old = {index.marker for index in find_nodes(norms, StateIndex).values()}
+    indices = find_nodes(new, StateIndex).values()
+    values = {index.marker: index.init for index in indices if index.marker in old}
     entries = {
         marker: values.get(marker, value)
         for value, marker in zip(*state.tree_flatten(), strict=True)
@@ -155,11 +157,6 @@ def _replace(model: Any, read: _Read) -> Any:
         model,
         is_leaf=_is_norm,
     )
-
-
-def _indices(tree: Any) -> list[StateIndex]:
-    is_index = lambda node: isinstance(node, StateIndex)  # noqa: E731
-    return [n for n in jax.tree.leaves(tree, is_leaf=is_index) if is_index(n)]
 
 
 def _reader(state: State | None) -> _Read:

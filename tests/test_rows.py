@@ -1,0 +1,80 @@
+"""Rows on a CPU, which are done without their moments being kept: as they are elsewhere."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from .helpers import NORMS, bytes_kept, count_in_hlo, normal, over, quick_jit
+
+
+row_layers = over(*(case for case in NORMS if case.name in ("LayerNorm", "RMSNorm")))
+SHAPE = (6, 5, 8)
+
+
+def elsewhere(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def functions(case, **kwargs):
+    """The layer as a function of its parameters and an input, and its parameters."""
+    layer, _ = case.build(SHAPE[-1], **kwargs)
+    params, static = eqx.partition(layer, eqx.is_inexact_array)
+    return lambda params, x: eqx.combine(params, static)(x), params
+
+
+@row_layers
+def test_keeps_input_and_scale_to_the_byte(case, monkeypatch):
+    f, params = functions(case)
+    x = normal(0, SHAPE)
+    assert bytes_kept(f, params, x) == x.nbytes + params.scale.nbytes
+    elsewhere(monkeypatch)
+    assert bytes_kept(f, params, x) > x.nbytes + params.scale.nbytes
+
+
+@row_layers
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_derivatives_are_those_of_elsewhere(case, masked, monkeypatch):
+    layer, _ = case.build(SHAPE[-1])
+    x, *others = (3 + normal(i, SHAPE) for i in range(5))
+    mask = jnp.asarray(np.random.default_rng(0).random(SHAPE) < 0.6) if masked else None
+
+    def loss(scale, bias, x):
+        return jnp.vdot(others[0], layer(x, mask=mask, scale=scale, bias=bias))
+
+    # An entry for each feature, and one for each position.
+    for terms in ((others[1][0, 0], others[2][0, 0]), (others[1], others[2])):
+        args, tangents = (*terms, x), (*(t[::-1] for t in terms), others[3])
+
+        def derivatives(args=args, tangents=tangents):
+            gradient = jax.grad(loss, (0, 1, 2))
+            return quick_jit(lambda *args: jax.jvp(gradient, args, tangents))(*args)
+
+        here = derivatives()
+        with monkeypatch.context() as context:
+            elsewhere(context)
+            there = derivatives()
+        for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@row_layers
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_communicates_no_more_than_elsewhere(case, kind, monkeypatch):
+    """Rows that are split over devices keep their moments, which it took to add them up."""
+    f, params = functions(case)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    x = jax.device_put(normal(0, SHAPE), NamedSharding(mesh, P(None, None, "d")))
+
+    def number():
+        # The backward pass by itself, as in the backward pass of a scan.
+        y, backward = jax.vjp(f, params, x)
+        return count_in_hlo(backward, y)
+
+    with jax.set_mesh(mesh):
+        here = number()
+        elsewhere(monkeypatch)
+        assert 0 < here == number()
