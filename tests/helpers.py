@@ -1,6 +1,7 @@
 """The table of layers that drives each battery, and what the tests have in common."""
 
 import contextlib
+import functools as ft
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -346,13 +347,13 @@ def float64():
         yield
 
 
-def quick_jit(f: Callable[..., Any], **kwargs: Any) -> Any:
-    """Where compiling takes all the time: XLA is asked to do as little as it can."""
-    options = {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    }
-    return jax.jit(f, compiler_options=options, **kwargs)
+# Where compiling takes all the time: XLA is asked to do as little as it can.
+_QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+quick_jit = ft.partial(jax.jit, compiler_options=_QUICK)
+quick_filter_jit = ft.partial(eqx.filter_jit, compiler_options=_QUICK)
 
 
 def bytes_kept(f: Callable[..., Any], *args: Any) -> int:

@@ -17,6 +17,7 @@ from .helpers import (
     float64,
     normal,
     plain,
+    quick_filter_jit,
     quick_jit,
     reference,
 )
@@ -58,7 +59,7 @@ def loss(layer, state, x, mask):
 
 @ft.cache
 def compiled():
-    return eqx.filter_jit(call), eqx.filter_jit(
+    return quick_filter_jit(call), quick_filter_jit(
         eqx.filter_grad(lambda lx, state, mask: loss(lx[0], state, lx[1], mask))
     )
 
@@ -114,7 +115,7 @@ def test_excluded_values_make_no_difference(case):
     mask = make_mask(SHAPE)
     x = normal(1, SHAPE)
 
-    @eqx.filter_jit
+    @quick_filter_jit
     @eqx.filter_grad(has_aux=True)
     def grad_and_results(layer_and_x):
         layer, x = layer_and_x
@@ -184,7 +185,7 @@ def test_second_derivatives_are_finite(case):
     x = with_bad_values(normal(5, SHAPE), mask)
     x = jnp.where(jnp.abs(x) > 1e20, 0, x)
     grad = jax.grad(lambda x: loss(layer, state, x, mask))
-    _, tangent = jax.jit(lambda x: jax.jvp(grad, (x,), (jnp.ones_like(x),)))(x)
+    _, tangent = quick_jit(lambda x: jax.jvp(grad, (x,), (jnp.ones_like(x),)))(x)
     assert np.isfinite(tangent).all()
 
 
