@@ -1,7 +1,6 @@
 """The table of layers that drives each battery, and what the tests have in common."""
 
 import contextlib
-import functools as ft
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -352,8 +351,16 @@ _QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
-quick_jit = ft.partial(jax.jit, compiler_options=_QUICK)
-quick_filter_jit = ft.partial(eqx.filter_jit, compiler_options=_QUICK)
+
+
+def quick_jit(f: Callable[..., Any], **kwargs: Any) -> Any:
+    return jax.jit(f, compiler_options=_QUICK, **kwargs)
+
+
+def quick_filter_jit(f: Callable[..., Any]) -> Any:
+    # Equinox hands the options on, but does not declare them.
+    filter_jit: Any = eqx.filter_jit
+    return filter_jit(f, compiler_options=_QUICK)
 
 
 def bytes_kept(f: Callable[..., Any], *args: Any) -> int:

@@ -77,6 +77,25 @@ def test_plot(quick):
     assert path.stat().st_size > 10_000
 
 
+def test_an_earlier_run_is_shown_as_it_was(quick, tmp_path, capsys):
+    results, printed, folder = quick
+    source = str(folder / "results.json")
+    assert command.main(["--from", source]) == results
+    assert capsys.readouterr().out == printed
+    with pytest.raises(SystemExit, match="nothing of LayerNorm"):
+        command.main(["--from", source, "--layers", "LayerNorm"])
+
+
+def test_summary():
+    def record(ratio, iqr):
+        given = {"to_peers": {"JAX": {"ratio": ratio, "iqr": iqr}}}
+        return {"pass": "both", "libraries": {"eqx_norms": given, "vmap": given}}
+
+    records = [record(0.9, 0.1), record(1.1, 0.3), record(1.1, 0.1)]
+    _, rows = speed.summary(records)
+    assert ["eqx_norms", "both", "3", "2", "1.10"] in rows
+
+
 def test_ratios_are_formed_within_a_round():
     """The machine is three times slower in the second round, which changes no ratio."""
     machine = np.array([1.0, 3.0, 1.0, 1.0, 1.0])

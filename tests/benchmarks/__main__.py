@@ -1,10 +1,10 @@
 """Speed, memory and size of each layer, beside those of other libraries.
 
     python -m tests.benchmarks [--layers LayerNorm,BatchNorm] [--quick] [--rounds N]
-                               [--json FILE] [--plot FILE] [--markdown]
+                               [--json FILE] [--plot FILE] [--markdown] [--from FILE]
 
-It runs on JAX's default device. What is in the tables is said in `speed.py`, `memory.py`,
-`size.py` and `devices.py`.
+It runs on JAX's default device, or with `--from` shows what an earlier run wrote. What is
+in the tables is said in `speed.py`, `memory.py`, `size.py` and `devices.py`.
 """
 
 import argparse
@@ -60,6 +60,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="a PNG file")
+    parser.add_argument(
+        "--from", type=pathlib.Path, metavar="FILE", dest="source", help="by --json"
+    )
     parser.add_argument("--markdown", action="store_true", help="tables for a README")
     parser.add_argument(
         "--fresh-memory", action="store_true", help="leave the C library's memory alone"
@@ -202,6 +205,7 @@ def report(results: dict[str, Any], *, markdown: bool) -> None:
         columns, rows = speed.table([r for r in results["speed"] if r["layer"] == layer])
         title = f"{layer}: time in units of the floor"
         show(title, columns, rows, text=3, markdown=markdown)
+    show("All cells", *speed.summary(results["speed"]), text=2, markdown=markdown)
     print(LEGEND)
     show_records(memory.TITLE, results["memory"], text=3, markdown=markdown)
     show_records(size.TITLE, results["size"], text=2, markdown=markdown)
@@ -220,24 +224,42 @@ def report(results: dict[str, Any], *, markdown: bool) -> None:
     print(f"a copy reaches up to {bandwidth:.1f} GB/s; memory: {run['memory']}")
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    arguments = parse(argv)
-    arguments.argv = sys.argv[1:] if argv is None else argv
+def read(path: pathlib.Path, layers: list[str]) -> dict[str, Any]:
+    """The results of an earlier run, of these layers."""
+    results = json.loads(path.read_text())
+    for name, records in results.items():
+        if isinstance(records, list):
+            results[name] = [record for record in records if record["layer"] in layers]
+    if not results["speed"]:
+        sys.exit(f"{path} has nothing of {', '.join(layers)}")
+    return results
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
     quick, layers = arguments.quick, arguments.layers
     default = quick or arguments.fresh_memory
     allocator = "the allocator's default" if default else speed.keep_freed_memory()
-    run = describe(arguments, use_all_threads(), allocator)
-    print(f"On {run['device']} ({run['platform']})", file=sys.stderr)
+    described = describe(arguments, use_all_threads(), allocator)
+    print(f"On {described['device']} ({described['platform']})", file=sys.stderr)
     rounds = arguments.rounds or (7 if quick else 15)
     cases = [case for case in speed.CASES if case.name in layers]
     timed = speed.records(layers, rounds=rounds, quick=quick, track=track)
-    results = {
-        "run": run,
+    return {
+        "run": described,
         "memory": memory.records(cases, quick=quick),
         "size": size.records(cases, repeats=0 if quick else 2),
         "all_reduces": "--quick" if quick else all_reduces(layers),
         "speed": list(timed),
     }
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = parse(argv)
+    arguments.argv = sys.argv[1:] if argv is None else argv
+    if arguments.source:
+        results = read(arguments.source, arguments.layers)
+    else:
+        results = run(arguments)
     report(results, markdown=arguments.markdown)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")

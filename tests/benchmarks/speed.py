@@ -329,6 +329,25 @@ def table(speed: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
+def summary(speed: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Of all cells, against the faster of Flax and Equinox. Level is a ratio above one by
+    no more than half of its interquartile range."""
+    rows = []
+    for library in OURS:
+        for name in PASSES:
+            ratios = [
+                given["to_peers"]["JAX"]
+                for given in (r["libraries"][library] for r in speed if r["pass"] == name)
+                if "JAX" in given["to_peers"]
+            ]
+            if not ratios:
+                continue
+            level = sum(each["ratio"] - each["iqr"] / 2 <= 1 for each in ratios)
+            median = _quartiles([each["ratio"] for each in ratios])[0]
+            rows.append([library, name, str(len(ratios)), str(level), f"{median:.2f}"])
+    return ["", "pass", "cells", "faster or level", "median of a / JAX"], rows
+
+
 def keep_freed_memory(size: int = 2**31) -> str:
     """Has the C library keep what is freed, and `size` bytes from the start.
 
