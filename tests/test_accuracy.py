@@ -25,6 +25,9 @@ from .benchmarks.accuracy import (
 from .helpers import NORMS, all_norms, call, clone, normal, over, reference
 
 
+# The errors of a sum over columns, which XLA adds up row after row before jax 0.10.
+SUM = 1 if jax.__version_info__ >= (0, 10) else 3
+
 # The data is laid out as one row for each statistic, which groups of features are not.
 row_layers = over(*(case for case in NORMS if case.groups is None))
 compiled_call = eqx.filter_jit(call)
@@ -67,7 +70,7 @@ def allowance(case, x, expected, fast):
     mode's variance has about 1 + distance^2 times those of a sum, a few for 512 numbers,
     and its mean as many as the shift is deviations away from it.
     """
-    rounding = 2.0**-24
+    rounding = 2.0**-24 * SUM
     largest = np.abs(expected).max()
     allowed = 4 * largest
     if fast and case.center:

@@ -132,5 +132,7 @@ def test_unrolled_blocks(case, dtype):
     layers = available(case, WIDTH, dtype)
     ours = temporary(layers["eqx_norms"], dtype, scanned=False, blocks=4)
     flax = temporary(layers["flax"], dtype, scanned=False, blocks=4)
-    # In float32 it is the same with Flax's batch norm, up to small arrays.
-    assert ours <= 1.03 * flax
+    # In float32 it is the same with Flax's batch norm, up to small arrays. Before jax 0.10
+    # XLA puts off the gradients of scale and bias, and keeps what they are made of.
+    limit = 1.03 if jax.__version_info__ >= (0, 10) else 1.1
+    assert ours <= limit * flax
