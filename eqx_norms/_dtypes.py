@@ -62,11 +62,6 @@ def real_dtype(dtype: np.dtype) -> np.dtype:
     return jnp.finfo(dtype).dtype
 
 
-def has_half_the_bits(dtype: np.dtype, wide: np.dtype) -> bool:
-    floating = jnp.issubdtype(dtype, jnp.inexact)
-    return floating and 2 * jnp.finfo(dtype).bits <= jnp.finfo(wide).bits
-
-
 def cast(array: Array, dtype: np.dtype) -> Array:
     """To a real `dtype` goes the real part, for data that is complex in its dtype only."""
     real = not jnp.issubdtype(dtype, jnp.complexfloating)

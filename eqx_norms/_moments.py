@@ -29,7 +29,7 @@ from jaxtyping import Array
 
 from ._axes import is_sharded, unshard
 from ._collectives import Members
-from ._dtypes import has_half_the_bits, real_dtype
+from ._dtypes import real_dtype
 from ._rules import lean
 from ._types import Shape
 
@@ -95,14 +95,17 @@ class Reduction(NamedTuple):
 
     def unit(self, x: Array, shift: Array | None) -> float:
         """What deviations are multiplied by: a power of two, so that those whose squares
-        fit do not overflow in their sum. Without a shift, so that those a sixteenth as
-        large do not (1e18 in float32): there the multiplication costs more."""
-        limits = jnp.finfo(self.dtype)
-        largest = math.sqrt(limits.max) / (16 if shift is None else 1)
+        fit do not overflow in their sum. One, where the data's dtype leaves them room. So
+        it does for short rows without a shift, up to a sixteenth of these (1e18 in
+        float32): there the multiplication costs more."""
+        limits, size = jnp.finfo(self.dtype), self.size(x.shape)
+        largest = math.sqrt(limits.max)
         if jnp.issubdtype(x.dtype, jnp.inexact):
             largest = min(largest, 2 * float(jnp.finfo(x.dtype).max))
-        excess = math.log2(self.size(x.shape)) + 2 * math.log2(largest) - limits.maxexp
-        return 2.0 ** -max(0, math.ceil(excess / 2))
+        room = limits.maxexp - 2 * math.log2(largest) + (8 if shift is None else 0)
+        if math.log2(size) <= room:
+            return 1.0
+        return 2.0 ** -math.ceil(math.log2(size) / 2)
 
     def row_unit(self, x: Array, shift: Array | None) -> float:
         """For what is not squared: the same for rows, where deviations are at hand from the
@@ -166,19 +169,13 @@ def counted(mask: Array | None, x: Array) -> Array:
 class _Spec(NamedTuple):
     reduction: Reduction
     center: bool
-    # Whether the shift is the mean, as exact as it is of use: the first is zero then.
-    at_mean: bool
 
 
 def _sums(spec, x, mask, shift):
     unit = spec.reduction.unit(x, shift)
     d = counted(mask, spec.reduction.deviation(x, shift, None, unit))
-    second = spec.reduction.mean(abs_square(d)) / unit**2
-    if not spec.center:
-        return None, second
-    if spec.at_mean:
-        return jnp.zeros_like(second, d.dtype), second
-    return spec.reduction.mean(d) / unit, second
+    first = spec.reduction.mean(d) / unit if spec.center else None
+    return first, spec.reduction.mean(abs_square(d)) / unit**2
 
 
 def sums_tangent(reduction, center, x, mask, shift, offset, dx):
@@ -279,7 +276,7 @@ def moments(
         weight = jnp.zeros(reduction.shape(x.shape), real_dtype(reduction.dtype))
 
     # First what is on this device, about a shift of its own.
-    shift = shifts = guess = None
+    shift = shifts = None
     if center:
         guess = _guess(x, reduction) if fast and mask is None and not here.names else None
         if guess is None:
@@ -289,9 +286,7 @@ def moments(
             shifts = guess[None]
         shifts = lax.stop_gradient(shifts)
         shift = here.own(shifts)
-    # What rounding left out of the mean of half-precision data is nothing to the data.
-    at_mean = guess is None and has_half_the_bits(x.dtype, reduction.dtype)
-    first, second = _block_sums(_Spec(reduction, center, at_mean), x, mask, shift)
+    first, second = _block_sums(_Spec(reduction, center), x, mask, shift)
     rows = _pool(here, shifts, weight, first, second)
     own = jax.tree.map(here.own, rows)
     if not elsewhere.names:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax._src.xla_bridge import backends_are_initialized
 from jaxtyping import Array
 
 from ._axes import may_be_sharded
@@ -233,6 +234,8 @@ def _in_rows(inputs: Inputs, reduction: Reduction) -> bool:
         rows
         and (along or not terms)
         and not may_be_sharded(x, reduction.axes)
+        # To ask for the backend starts it, and whoever traces before may yet configure it.
+        and backends_are_initialized()
         and jax.default_backend() == "cpu"
     )
 

@@ -1,5 +1,8 @@
 """Rows on a CPU, which are done without their moments being kept: as they are elsewhere."""
 
+import subprocess
+import sys
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -33,6 +36,43 @@ def test_keeps_input_and_scale_to_the_byte(case, monkeypatch):
     assert bytes_kept(f, params, x) == x.nbytes + params.scale.nbytes
     elsewhere(monkeypatch)
     assert bytes_kept(f, params, x) > x.nbytes + params.scale.nbytes
+
+
+@row_layers
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6])
+def test_constant_rows_of_half_precision(case, dtype, epsilon):
+    """Zero to the bit, if the mean is subtracted, though float32 has it not to the bit."""
+    layer, _ = case.build(1000, epsilon=epsilon, use_scale=False)
+    for value in (1.3, 100.3, 50000.0):
+        x = jnp.full((2, 1000), value, dtype)
+        y = quick_jit(lambda x: layer(x))(x)
+        assert (y == (0 if case.center else 1)).all(), value
+
+
+@row_layers
+@pytest.mark.parametrize("size", [200, 1024])
+def test_squares_fit_and_their_sum_does_not(case, size):
+    """For short rows there is room for what is a sixteenth as large."""
+    layer, _ = case.build(size)
+    signs = 1 - 2 * (jnp.arange(size) % 2)
+    for magnitude in (1e18, 1e18 if size <= 256 else 1.5e19):
+        y = quick_jit(lambda x: layer(x))(magnitude * signs.astype(jnp.float32))
+        np.testing.assert_allclose(y, signs, rtol=1e-5)
+
+
+def test_tracing_starts_no_backend():
+    """Devices can be configured after the shapes of a model have been looked at."""
+    script = """
+import equinox as eqx, jax, jax.numpy as jnp
+import eqx_norms as en
+
+x = jax.ShapeDtypeStruct((2, 8), jnp.float32)
+eqx.filter_eval_shape(lambda x: en.RMSNorm(8, use_scale=False)(x), x)
+jax.config.update("jax_num_cpu_devices", 3)
+assert jax.device_count() == 3
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @row_layers
