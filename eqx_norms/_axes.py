@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.xla_bridge import backends_are_initialized
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
@@ -81,6 +82,16 @@ def is_sharded(x: Array, axes: Sequence[int]) -> bool:
 def may_be_sharded(x: Array, axes: Sequence[int]) -> bool:
     auto = AxisType.Auto in jax.typeof(x).sharding.mesh.axis_types
     return auto or is_sharded(x, axes)
+
+
+def on_one_cpu(x: Array, axes: Sequence[int]) -> bool:
+    """Whether an array is on a CPU, and surely in one piece along these axes."""
+    return (
+        not may_be_sharded(x, axes)
+        # To ask for the backend starts it, and whoever traces before may yet configure it.
+        and backends_are_initialized()
+        and jax.default_backend() == "cpu"
+    )
 
 
 def example_axes(

@@ -247,7 +247,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             running,
             rows,
             axes,
-            size=reduction.size(inputs.x.shape) * math.prod(m.number for m in members),
+            size=reduction.size(inputs.x.shape) * math.prod(m.size for m in members),
             momentum=self.momentum,
             unbiased=self.use_unbiased_variance,
         )

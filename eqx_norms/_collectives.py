@@ -5,8 +5,9 @@ This is the only module that knows how an axis came by its name.
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,41 +82,48 @@ ad.primitive_jvps[_vmapped_sum_p] = _vmapped_sum_jvp
 ad.primitive_transposes[_vmapped_sum_p] = _vmapped_sum_transpose
 
 
-class Members(NamedTuple):
+def _everywhere_batch(operands, dims):
+    return _everywhere_p.bind(jnp.all(*operands, axis=dims)), None
+
+
+_everywhere_p = Primitive("everywhere")
+_everywhere_p.def_impl(lambda x: x)
+_everywhere_p.def_abstract_eval(lambda x: x)
+mlir.register_lowering(_everywhere_p, lambda _, x: [x])
+batching.primitive_batchers[_everywhere_p] = _everywhere_batch
+
+
+def everywhere(condition: Array) -> Array:
+    """Whether it holds for all elements, and all members of every `vmap`, names or none.
+
+    So a `lax.cond` on it remains one; on a batch of conditions it would do both branches.
+    """
+    return _everywhere_p.bind(jnp.all(condition))
+
+
+class Members(eqx.Module):
     """Those who share statistics: all along some named axes, or groups along one axis.
 
-    `vmapped` says which kind the names are of: axes of a `vmap`, whose members sit on one
-    device, or axes of a mesh, where a sum costs communication.
+    The names are of axes of a mesh, where a sum costs communication, or of axes of a
+    `vmap`, whose members sit on one device. Of the latter a member knows its `indices`:
+    with them in hand it needs the names no more, and its sums may be taken within a custom
+    derivative rule, where JAX resolves names too late.
     """
 
-    names: Names
-    groups: Groups | None
-    vmapped: bool
+    names: Names = eqx.field(static=True)
+    # How many groups there are, and members in each; which is this member's.
+    num_groups: int = eqx.field(static=True)
+    size: int = eqx.field(static=True)
+    group: Array | None
+    indices: tuple[Array, ...]
 
-    @property
-    def number(self) -> int:
-        """How many members share one statistic."""
-        if self.groups is not None:
-            return len(self.groups[0])
-        return math.prod(lax.axis_size(name) for name in self.names)
-
-    def _group(self) -> Array:
-        (name,) = self.names
-        assert self.groups is not None
-        group_of = np.empty(lax.axis_size(name), np.int32)
-        for number, group in enumerate(self.groups):
-            group_of[list(group)] = number
-        index = lax.axis_index(name)
-        if self.vmapped:
-            index = _vmapped_index_p.bind(jnp.zeros((), index.dtype), index)
-        return jnp.asarray(group_of)[index]
-
-    def _sum(self, x: Array) -> Array:
-        if not self.vmapped:
-            return lax.psum(x, self.names)
-        for name in self.names:
-            x = _vmapped_sum_p.bind(x, lax.axis_index(name))
-        return x
+    def _rows(self, value: Array) -> Array:
+        """A row for each group: the value in its own, zero in the others."""
+        value = value[None]
+        if self.group is None:
+            return value
+        rows = np.arange(self.num_groups).reshape(-1, *[1] * (value.ndim - 1))
+        return jnp.where(rows == self.group, value, jnp.zeros_like(value))
 
     def mean(self, *values: Array) -> tuple[Array, ...]:
         """The mean over the members of each value, all in one collective.
@@ -128,28 +136,49 @@ class Members(NamedTuple):
         """
         if not self.names:
             return tuple(value[None] for value in values)
+        if self.indices:
+            return tuple(self._vmapped_sum(self._rows(v)) / self.size for v in values)
         parts = [
             p for v in values for p in ((v.real, v.imag) if jnp.iscomplexobj(v) else (v,))
         ]
         # Divided before they are added, numbers that fit do not overflow in their sum.
-        stacked = jnp.stack(parts)[None] / self.number
-        if self.groups is not None:
-            rows = np.arange(len(self.groups)).reshape(-1, *[1] * (stacked.ndim - 1))
-            stacked = jnp.where(rows == self._group(), stacked, jnp.zeros_like(stacked))
-        means = iter(jnp.moveaxis(self._sum(stacked), 1, 0))
+        stacked = self._rows(jnp.stack(parts) / self.size)
+        means = iter(jnp.moveaxis(lax.psum(stacked, self.names), 1, 0))
         return tuple(
             lax.complex(next(means), next(means)) if jnp.iscomplexobj(v) else next(means)
             for v in values
         )
 
+    def _vmapped_sum(self, x: Array) -> Array:
+        for index in self.indices:
+            x = _vmapped_sum_p.bind(x, index)
+        return x
+
     def own(self, rows: Array) -> Array:
         """The row of this member's group."""
-        if self.groups is None:
+        if self.group is None:
             return rows[0]
-        return lax.dynamic_index_in_dim(rows, self._group(), keepdims=False)
+        return lax.dynamic_index_in_dim(rows, self.group, keepdims=False)
 
 
-ALONE = Members((), None, vmapped=True)
+ALONE = Members((), 1, 1, None, ())
+
+
+def _members(names: Names, groups: Groups | None, *, vmapped: bool) -> Members:
+    if not names:
+        return ALONE
+    indices = tuple(lax.axis_index(name) for name in names)
+    sizes = tuple(lax.axis_size(name) for name in names)
+    if groups is None:
+        return Members(names, 1, math.prod(sizes), None, indices if vmapped else ())
+    (index,), (size,) = indices, sizes
+    group_of = np.empty(size, np.int32)
+    for number, group in enumerate(groups):
+        group_of[list(group)] = number
+    if vmapped:
+        index = _vmapped_index_p.bind(jnp.zeros((), index.dtype), index)
+    group = jnp.asarray(group_of)[index]
+    return Members(names, len(groups), len(groups[0]), group, indices if vmapped else ())
 
 
 def canonicalize_names(axis_name: AxisName, *, layer: str) -> Names | None:
@@ -232,7 +261,4 @@ def bound_members(
     manual = jax.sharding.get_abstract_mesh().manual_axes
     here = tuple(name for name in names if name not in manual)
     elsewhere = tuple(name for name in names if name in manual)
-    return (
-        Members(here, groups if here else None, vmapped=True),
-        Members(elsewhere, groups if elsewhere else None, vmapped=False),
-    )
+    return _members(here, groups, vmapped=True), _members(elsewhere, groups, vmapped=False)

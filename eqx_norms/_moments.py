@@ -10,7 +10,8 @@ The closer the shift to the mean, the less cancels: the variance is good to abou
 everything once the mean is a few thousand deviations; with s the mean itself, the second
 terms only correct its rounding. What the layers offer is how s is found:
 
-- `fast`: a guess, so that the data is read, and communicated, once;
+- `fast`: a guess, so that the data is read, and communicated, once. On a CPU that is zero,
+  until it shows to be too far; then the mean;
 - otherwise: the mean, which costs one more reading, and communication.
 
 The mean is handed on as the pair (shift, offset), to be subtracted one after the other:
@@ -18,6 +19,7 @@ their sum would be rounded to the precision of the mean, where a deviation wants
 the standard deviation.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -27,8 +29,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from ._axes import is_sharded, unshard
-from ._collectives import Members
+from ._axes import is_sharded, on_one_cpu, unshard
+from ._collectives import Members, everywhere
 from ._dtypes import real_dtype
 from ._rules import lean
 from ._types import Shape
@@ -89,16 +91,16 @@ class Reduction(NamedTuple):
         axis, number = self.groups
         return jnp.repeat(statistic, like.shape[axis] // number, axis)
 
-    def trailing(self, ndim: int) -> bool:
-        """Whether it is over the last axes of an input of that rank: over rows."""
-        return set(self.axes) == set(range(ndim - len(self.axes), ndim))
+    def over_rows(self, ndim: int) -> bool:
+        """Whether it is over the last axis of an input of that rank, and no other."""
+        return self.axes == (ndim - 1,) and self.groups is None
 
-    def unit(self, x: Array, shift: Array | None) -> float:
+    def unit(self, x: Array, shift: Array | None, members: int = 1) -> float:
         """What deviations are multiplied by: a power of two, so that those whose squares
-        fit do not overflow in their sum. One, where the data's dtype leaves them room. So
-        it does for short rows without a shift, up to a sixteenth of these (1e18 in
-        float32): there the multiplication costs more."""
-        limits, size = jnp.finfo(self.dtype), self.size(x.shape)
+        fit do not overflow in their sum, over so many members. One, where the data's dtype
+        leaves them room. So it does for short rows without a shift, up to a sixteenth of
+        these (1e18 in float32): there the multiplication costs more."""
+        limits, size = jnp.finfo(self.dtype), self.size(x.shape) * members
         largest = math.sqrt(limits.max)
         if jnp.issubdtype(x.dtype, jnp.inexact):
             largest = min(largest, 2 * float(jnp.finfo(x.dtype).max))
@@ -110,7 +112,7 @@ class Reduction(NamedTuple):
     def row_unit(self, x: Array, shift: Array | None) -> float:
         """For what is not squared: the same for rows, where deviations are at hand from the
         sums; none where they are computed anew."""
-        return self.unit(x, shift) if self.trailing(x.ndim) else 1.0
+        return self.unit(x, shift) if self.over_rows(x.ndim) else 1.0
 
     def deviation(
         self, x: Array, shift: Array | None, offset: Array | None, unit: float
@@ -122,7 +124,7 @@ class Reduction(NamedTuple):
         if unit != 1:
             # Not by a constant: XLA's CPU code writes one that several fusions share out,
             # as large as the input.
-            if shift is not None and self.trailing(x.ndim):
+            if shift is not None and self.over_rows(x.ndim):
                 d = d * self.spread(0 * shift + unit, x).astype(d.dtype)
             else:
                 d = d * lax.optimization_barrier(jnp.asarray(unit, d.dtype))
@@ -161,9 +163,10 @@ def counted(mask: Array | None, x: Array) -> Array:
     return x if mask is None else jnp.where(mask, x, jnp.zeros_like(x))
 
 
-# What is read off the input: means, over the positions at hand, of the deviations from a
-# shift and of their squares. Only this keeps the input for the backward pass, so only this
-# needs a rule of its own; all that follows works on a few numbers.
+# What is read off the input: means, over the positions on this device, of the deviations
+# from a shift and of their squares. Only this keeps the input for the backward pass, so
+# only this needs a rule of its own; all that follows works on a few numbers. A row of them
+# for each group of members.
 
 
 class _Spec(NamedTuple):
@@ -171,29 +174,47 @@ class _Spec(NamedTuple):
     center: bool
 
 
-def _sums(spec, x, mask, shift):
-    unit = spec.reduction.unit(x, shift)
+def _sums(spec, x, mask, shift, here):
+    unit = spec.reduction.unit(x, shift, here.size)
+    if spec.center and shift is None:
+        unit = 1.0  # A trial: too large is too far.
     d = counted(mask, spec.reduction.deviation(x, shift, None, unit))
-    first = spec.reduction.mean(d) / unit if spec.center else None
-    return first, spec.reduction.mean(abs_square(d)) / unit**2
+    first = None
+    if spec.center:
+        (first,) = here.mean(spec.reduction.mean(d))
+        first = first / unit
+    (second,) = here.mean(spec.reduction.mean(abs_square(d)))
+    return first, second / unit**2
 
 
-def sums_tangent(reduction, center, x, mask, shift, offset, dx):
+@functools.partial(jax.jit, static_argnums=0)  # else traced anew at each call outside one
+def _sums_if_far(spec, x, mask, shift, here, near, *found):
+    return lax.cond(near, lambda: found, lambda: _sums(spec, x, mask, shift, here))
+
+
+def _sums_unless_found(spec, x, mask, shift, here, found):
+    if found is None:
+        return _sums(spec, x, mask, shift, here)
+    return _sums_if_far(spec, x, mask, shift, here, *found)
+
+
+def sums_tangent(reduction, center, x, mask, shift, offset, here, dx):
     """The derivative of the two means; with shift and offset together, that of mean and
     variance, if nothing is masked."""
     unit = reduction.row_unit(x, shift)
     d = counted(mask, reduction.deviation(x, shift, offset, unit))
     t = counted(mask, dx.astype(d.dtype))
-    first = reduction.mean(t) if center else None
-    return first, 2 * reduction.mean(real_product(d, t)) / unit
+    first = here.mean(reduction.mean(t))[0] if center else None
+    (second,) = here.mean(reduction.mean(real_product(d, t)))
+    return first, 2 * second / unit
 
 
 def _sums_tangent(spec, kept, dx, *_):
-    x, mask, shift = kept
-    return sums_tangent(spec.reduction, spec.center, x, mask, shift, None, dx)
+    x, mask, shift, here = kept
+    return sums_tangent(spec.reduction, spec.center, x, mask, shift, None, here, dx)
 
 
-_block_sums = lean(_sums, _sums_tangent, lambda args, _: args)
+_block_sums = lean(_sums_unless_found, _sums_tangent, lambda args, _: args[:4])
 
 
 def _guess(x: Array, reduction: Reduction) -> Array | None:
@@ -203,9 +224,11 @@ def _guess(x: Array, reduction: Reduction) -> Array | None:
     reduces over trailing axes at hand, and reads it from memory once, but not if it has to
     be sliced as well.
     """
+    axes = set(reduction.axes)
+    trailing = axes == set(range(x.ndim - len(axes), x.ndim))
     # On an Explicit mesh JAX refuses to slice along a sharded axis.
     sharded = is_sharded(x, reduction.axes)
-    if sharded or reduction.trailing(x.ndim) or jnp.iscomplexobj(x) or x.size == 0:
+    if sharded or trailing or jnp.iscomplexobj(x) or x.size == 0:
         return None
 
     def at(position):
@@ -220,36 +243,49 @@ def _guess(x: Array, reduction: Reduction) -> Array | None:
     return reduction._replace(axes=()).mean(median)
 
 
-def _weighted_mean(members, weight, *values):
-    """Means over members of values that are zero where nothing counts, and their weight.
+def per_counted(weight, mean):
+    """The mean over the positions that count, from one of zeros in the place of others."""
+    if weight is None or mean is None:
+        return mean
+    return mean / jnp.where(weight > 0, weight, 1).astype(mean.dtype)
 
-    One row for each group of members.
-    """
+
+# How many times its variance the square of a mean may be, for data to be near zero.
+_NEAR = 16
+
+
+def _about_zero(spec, x, mask, weight, here):
+    """Sums about zero; and what to take them about: zero, or where that is too far, or the
+    squares overflow, the mean."""
+    found = _block_sums(spec, x, mask, None, here, None)
+    first, second = (per_counted(weight, mean) for mean in found)
+    square = abs_square(first)
+    near = (square <= _NEAR * (second - square)) & jnp.isfinite(second)
+    # Nothing but zeros, as a rectifier may leave, are near.
+    near = near | (second == 0)
+    return jnp.where(near, 0, first), (everywhere(near), *found)
+
+
+def _shifts(spec, x, mask, weight, here, fast):
+    """What to take the sums about, a row for each group, and what is known of them."""
+    reduction = spec.reduction
+    if fast and on_one_cpu(x, reduction.axes):
+        return _about_zero(spec, x, mask, weight, here)
+    if fast and mask is None and not here.names:
+        guess = _guess(x, reduction)
+        if guess is not None:
+            return guess[None], None
+    mean = reduction.mean(counted(mask, x.astype(reduction.dtype)))
+    return per_counted(weight, *here.mean(mean)), None
+
+
+def _pool(members, weight, *values):
+    """Means over members, by what each counted, and what all did: a row for each group."""
     if weight is None:
         return *members.mean(*values), None
+    values = (weight.astype(value.dtype) * value for value in values)
     *means, weight = members.mean(*values, weight)
-    divisor = jnp.where(weight > 0, weight, jnp.ones_like(weight))
-    return *(mean / divisor.astype(mean.dtype) for mean in means), weight
-
-
-def _pool(members, shift, weight, first, second, within=None) -> Moments:
-    """Moments from what each member found about a common shift, a row for each group.
-
-    `within` are variances that the members have already, about means of their own.
-    """
-    if first is None:
-        var, weight = _weighted_mean(members, weight, second)
-        return Moments(None, None, var, weight)
-    values = (first, second) if within is None else (first, second, within)
-    *means, weight = _weighted_mean(members, weight, *values)
-    offset, square = means[0], abs_square(means[0])
-    var = jnp.maximum(means[1] - square, 0)
-    if members.names:
-        # What is left after cancelling down to the last roundings is nothing but these.
-        # (Not on the data of one member: that shift is near, and XLA can fuse all of a
-        # layer's forward pass, but for a comparison.)
-        var = jnp.where(var <= 4 * jnp.finfo(var.dtype).eps * square, 0, var)
-    return Moments(shift, offset, var if within is None else var + means[2], weight)
+    return *(per_counted(weight, mean) for mean in means), weight
 
 
 def moments(
@@ -268,47 +304,52 @@ def moments(
     that is the same on every device.
     """
     here, elsewhere = members
-
+    spec = _Spec(reduction, center)
     weight = None
     if mask is not None:
         weight = reduction.weight(mask, x.shape)
     elif x.size == 0:
         weight = jnp.zeros(reduction.shape(x.shape), real_dtype(reduction.dtype))
+    if weight is not None:
+        (weight,) = here.mean(weight)
 
     # First what is on this device, about a shift of its own.
-    shift = shifts = None
+    shifts = shift = found = None
     if center:
-        guess = _guess(x, reduction) if fast and mask is None and not here.names else None
-        if guess is None:
-            total = reduction.mean(counted(mask, x.astype(reduction.dtype)))
-            shifts, _ = _weighted_mean(here, weight, total)
-        else:
-            shifts = guess[None]
-        shifts = lax.stop_gradient(shifts)
+        constant = lax.stop_gradient(x)
+        shifts, found = _shifts(spec, constant, mask, weight, here, fast)
         shift = here.own(shifts)
-    first, second = _block_sums(_Spec(reduction, center), x, mask, shift)
-    rows = _pool(here, shifts, weight, first, second)
+    sums = _block_sums(spec, x, mask, shift, here, found)
+    first, var = (per_counted(weight, mean) for mean in sums)
+    if center:
+        var = jnp.maximum(var - abs_square(first), 0)
+    rows = Moments(shifts, first, var, weight)
     own = jax.tree.map(here.own, rows)
     if not elsewhere.names:
         return own, rows
 
     # Then the devices: a few numbers from each, about a shift in common.
-    def weighted(value):
-        return value if own.weight is None else own.weight.astype(value.dtype) * value
-
-    if center:
-        if fast:
-            shifts = jnp.zeros_like(own.shift) if origin is None else origin
-            shifts = jnp.broadcast_to(shifts, own.shift.shape)[None]
-        else:
-            shifts, _ = _weighted_mean(elsewhere, own.weight, weighted(own.mean))
-        shifts = lax.stop_gradient(shifts)
-        # The difference of two near means is exact; adding the offset first is not.
-        delta = (own.shift - elsewhere.own(shifts)) + own.offset
-        first, second = weighted(delta), weighted(abs_square(delta))
-        rows = _pool(elsewhere, shifts, own.weight, first, second, weighted(own.var))
+    if not center:
+        var, weight = _pool(elsewhere, own.weight, own.var)
+        rows = Moments(None, None, var, weight)
+        return jax.tree.map(elsewhere.own, rows), rows
+    if fast:
+        shifts = jnp.zeros_like(own.shift) if origin is None else origin
+        shifts = jnp.broadcast_to(shifts, own.shift.shape)[None]
     else:
-        rows = _pool(elsewhere, None, own.weight, None, weighted(own.var))
+        shifts, _ = _pool(elsewhere, own.weight, own.mean)
+    shifts = lax.stop_gradient(shifts)
+    # The difference of two near means is exact; adding the offset first is not.
+    delta = (own.shift - elsewhere.own(shifts)) + own.offset
+    first, second, var, weight = _pool(
+        elsewhere, own.weight, delta, abs_square(delta), own.var
+    )
+    square = abs_square(first)
+    between = jnp.maximum(second - square, 0)
+    # What is left after cancelling down to the last roundings is nothing but these.
+    rounding = 4 * jnp.finfo(between.dtype).eps * square
+    var = var + jnp.where(between <= rounding, 0, between)
+    rows = Moments(shifts, first, var, weight)
     return jax.tree.map(elsewhere.own, rows), rows
 
 

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src.xla_bridge import backends_are_initialized
 from jaxtyping import Array
 
-from ._axes import may_be_sharded
+from ._axes import on_one_cpu
 from ._collectives import ALONE, Members
-from ._moments import Moments, Reduction, moments, sums_tangent
+from ._moments import Moments, Reduction, moments, per_counted, sums_tangent
 from ._rules import lean
 
 
@@ -64,6 +63,12 @@ def _deviation(spec, x, mask, m):
     return jnp.where(valid, d, zero), inverse, valid
 
 
+def _varies_as(term: Array, statistic: Array) -> bool:
+    """Whether a term varies along no axis but those that the statistic varies along."""
+    sizes = zip(term.shape, statistic.shape, strict=True)
+    return all(own == 1 or other > 1 for own, other in sizes)
+
+
 def _folds(a: Array, b: Array) -> bool:
     """Whether a product is no larger than its factors, and so better formed first."""
     return math.prod(np.broadcast_shapes(a.shape, b.shape)) <= max(a.size, b.size)
@@ -89,14 +94,22 @@ def _total_scale(spec: _Spec, terms: tuple[Array, ...]) -> Array | None:
 
 
 def _apply(spec, x, mask, scale, bias, m):
-    d, inverse, _ = _deviation(spec, x, mask, m)
-    scale, bias = _total_scale(spec, scale), _total(bias, d.dtype)
-    y = d * inverse
-    if scale is not None:
-        y = y * scale
-    if bias is not None:
-        y = y + bias
-    return y.astype(spec.dtype)
+    reduction, offset = spec.reduction, m.offset
+    scale, bias = _total_scale(spec, scale), _total(bias, reduction.dtype)
+    if all(term is None or _varies_as(term, m.var) for term in (scale, bias)):
+        # One multiplication and one addition. What is left of the mean goes with the bias.
+        m = m._replace(offset=None)
+        d, inverse, _ = _deviation(spec, x, mask, m)
+        factor = inverse if scale is None else inverse * scale
+        if offset is not None:
+            left = reduction.spread(offset * reduction.row_unit(x, m.shift), x)
+            bias = _plus(bias, -left.astype(d.dtype) * factor)
+        y = d * factor
+    else:
+        d, inverse, _ = _deviation(spec, x, mask, m)
+        y = d * inverse
+        y = y if scale is None else y * scale
+    return _plus(y, bias).astype(spec.dtype)
 
 
 def _apply_tangent(spec, x, mask, scale, m, dx, dscale, dbias, dmean, dvar):
@@ -150,64 +163,63 @@ _normalize = lean(
 )
 
 
-# Where nothing is collective, moments and normalisation are one function, whose derivative
-# is the composition of theirs: XLA then reads the input fewer times than for one after
-# the other.
+# Where all members are on this device, moments and normalisation are one function, whose
+# derivative is the composition of theirs: XLA then reads the input fewer times than for one
+# after the other.
 
 
-def _own_moments(spec, x, mask):
-    m, _ = moments(
-        x, mask, spec.reduction, (ALONE, ALONE), center=spec.center, fast=spec.fast
+def _own_moments(spec, x, mask, here):
+    return moments(
+        x, mask, spec.reduction, (here, ALONE), center=spec.center, fast=spec.fast
     )
-    return m
 
 
-def _apply_own(spec, x, mask, scale, bias):
-    m = _own_moments(spec, x, mask)
-    return _apply(spec, x, mask, scale, bias, m), m
+def _apply_own(spec, x, mask, scale, bias, here):
+    m, rows = _own_moments(spec, x, mask, here)
+    return _apply(spec, x, mask, scale, bias, m), rows
 
 
-def _apply_own_tangent(spec, kept, dx, dmask, dscale, dbias):
-    del dmask
-    x, mask, scale, m = kept
+def _apply_own_tangent(spec, kept, dx, dmask, dscale, dbias, dhere):
+    del dmask, dhere
+    x, mask, scale, here, rows = kept
+    m = jax.tree.map(here.own, rows)
+    drows = jax.tree.map(jnp.zeros_like, rows)
     dmean = dvar = None
     if dx is not None:
-        dmean, dvar = sums_tangent(
-            spec.reduction, spec.center, x, mask, m.shift, m.offset, dx
+        offset, var = (
+            per_counted(rows.weight, t)
+            for t in sums_tangent(
+                spec.reduction, spec.center, x, mask, m.shift, m.offset, here, dx
+            )
         )
-        if m.weight is not None:
-            divisor = jnp.where(m.weight > 0, m.weight, 1)
-            dvar = dvar / divisor
-            dmean = None if dmean is None else dmean / divisor.astype(dmean.dtype)
+        drows = drows._replace(offset=offset, var=var)
+        dmean, dvar = jax.tree.map(here.own, (offset, var))
     dy = _apply_tangent(spec, x, mask, scale, m, dx, dscale, dbias, dmean, dvar)
-    dm = jax.tree.map(jnp.zeros_like, m)
-    if dx is not None:
-        dm = dm._replace(offset=dmean, var=dvar)
-    return dy, dm
+    return dy, drows
 
 
 _normalize_own = lean(
     _apply_own,
     _apply_own_tangent,
-    lambda args, out: (*args[:3], out[1]),
+    lambda args, out: (*args[:3], args[4], out[1]),
 )
 
 
 # On a CPU, rows are done without the moments being kept. XLA does a whole forward or
-# backward pass over them in one go, each row while it is at hand, if nothing else is asked
-# of it: not the moments, nor the sums over columns that scale and bias want, whose pass
-# finds the moments once more. Elsewhere, and where rows may be split over devices, to have
-# them again costs readings and communication.
+# backward pass over the last axis in one go, each row while it is at hand, if nothing else
+# is asked of it: not the moments, nor the sums over columns that scale and bias want, whose
+# pass finds the moments once more. Elsewhere, and where rows may be split over devices, to
+# have them again costs readings and communication.
 
 
 def _apply_row(spec, *args):
-    return _apply_own(spec, *args)[0]
+    return _apply_own(spec, *args, ALONE)[0]
 
 
 def _apply_row_tangent(spec, kept, *tangents):
     x, mask, scale = kept
-    m = _own_moments(spec, x, mask)
-    return _apply_own_tangent(spec, (x, mask, scale, m), *tangents)[0]
+    _, rows = _own_moments(spec, x, mask, ALONE)
+    return _apply_own_tangent(spec, (x, mask, scale, ALONE, rows), *tangents, None)[0]
 
 
 def _input_apart(dx, dmask, dscale, dbias):
@@ -228,16 +240,9 @@ _normalize_row = lean(
 def _in_rows(inputs: Inputs, reduction: Reduction) -> bool:
     """Whether to do so: for rows along which scale and bias vary, if there are any."""
     x, terms = inputs.x, (*inputs.scale, *inputs.bias)
-    rows = reduction.groups is None and reduction.trailing(x.ndim)
     along = any(term.shape[axis] != 1 for term in terms for axis in reduction.axes)
-    return (
-        rows
-        and (along or not terms)
-        and not may_be_sharded(x, reduction.axes)
-        # To ask for the backend starts it, and whoever traces before may yet configure it.
-        and backends_are_initialized()
-        and jax.default_backend() == "cpu"
-    )
+    rows = reduction.over_rows(x.ndim)
+    return rows and (along or not terms) and on_one_cpu(x, reduction.axes)
 
 
 def normalize(inputs: Inputs, m: Moments, *, epsilon: float) -> Array:
@@ -258,7 +263,8 @@ def standardize(
 ) -> Array:
     """Normalises with the input's own moments."""
     if not any(m.names for m in members) and _in_rows(inputs, reduction):
-        spec = _Spec(reduction, epsilon, inputs.scale_offset, inputs.dtype, center, fast)
+        # A row at hand is shifted by its mean as fast as by anything else.
+        spec = _Spec(reduction, epsilon, inputs.scale_offset, inputs.dtype, center, False)
         return _normalize_row(spec, inputs.x, inputs.mask, inputs.scale, inputs.bias)
     y, _ = standardize_batch(
         inputs, reduction, members, epsilon=epsilon, center=center, fast=fast
@@ -279,8 +285,8 @@ def standardize_batch(
     """Normalises with the input's own moments. These too, a row for each group."""
     x, mask, scale, bias = inputs.x, inputs.mask, inputs.scale, inputs.bias
     spec = _Spec(reduction, epsilon, inputs.scale_offset, inputs.dtype, center, fast)
-    if not any(m.names for m in members):
-        y, m = _normalize_own(spec, x, mask, scale, bias)
-        return y, jax.tree.map(lambda leaf: leaf[None], m)
+    here, elsewhere = members
+    if not elsewhere.names:
+        return _normalize_own(spec, x, mask, scale, bias, here)
     m, rows = moments(x, mask, reduction, members, center=center, fast=fast, origin=origin)
     return _normalize(spec, x, mask, scale, bias, m), rows
