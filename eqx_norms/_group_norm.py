@@ -92,12 +92,12 @@ class GroupNorm(AbstractExampleNorm):
             equal size and together all of them: each group has statistics of its own.
         - `use_fast_variance`: how the data is shifted before it is squared, which costs the
             variance about $(\\text{shift} - \\text{mean})^2 / \\text{Var}$ roundings.
-            If `False`, by its mean: nothing is lost. If `True`, by a guess where the mean
-            would cost another reading or communication. On one device that is the median
-            of the first, middle and last position, but only where the last axes are not
-            those averaged over, and there is neither a `mask` nor a vmapped `axis_name`;
-            else it is the mean all the same. Between devices it is zero, and only the
-            variance of their means about each other is lost.
+            If `False`, by its mean: nothing is lost. If `True`, by less where the mean
+            would cost another reading or communication: on one CPU by nothing, but by the
+            mean once that is found to be more than four deviations from zero; elsewhere by
+            the median of the first, middle and last position, unless there is a `mask` or
+            a vmapped `axis_name`, or the last axes are those averaged over. Between devices
+            it is zero, and only the variance of their means about each other is lost.
         - `scale_offset`: added to the scale, the layer's or that of the call, in the
             precision of the statistics. Without either there is no scale.
         - `key`: a `jax.random` key for the initializers, if they need one.

@@ -54,7 +54,7 @@ def _deviation(spec, x, mask, m):
     if m.weight is not None:
         inverse = jnp.where(m.weight > 0, inverse, 0)
     unit = spec.reduction.row_unit(x, m.shift)
-    inverse = spec.reduction.spread(inverse / unit, x).astype(spec.reduction.dtype)
+    inverse = spec.reduction.spread(inverse / unit, x)
     d = spec.reduction.deviation(x, m.shift, m.offset, unit)
     if mask is None:
         return d, inverse, None
@@ -94,22 +94,20 @@ def _total_scale(spec: _Spec, terms: tuple[Array, ...]) -> Array | None:
 
 
 def _apply(spec, x, mask, scale, bias, m):
-    reduction, offset = spec.reduction, m.offset
+    reduction = spec.reduction
     scale, bias = _total_scale(spec, scale), _total(bias, reduction.dtype)
-    if all(term is None or _varies_as(term, m.var) for term in (scale, bias)):
-        # One multiplication and one addition. What is left of the mean goes with the bias.
-        m = m._replace(offset=None)
-        d, inverse, _ = _deviation(spec, x, mask, m)
-        factor = inverse if scale is None else inverse * scale
-        if offset is not None:
-            left = reduction.spread(offset * reduction.row_unit(x, m.shift), x)
-            bias = _plus(bias, -left.astype(d.dtype) * factor)
-        y = d * factor
-    else:
+    if not all(term is None or _varies_as(term, m.var) for term in (scale, bias)):
         d, inverse, _ = _deviation(spec, x, mask, m)
         y = d * inverse
         y = y if scale is None else y * scale
-    return _plus(y, bias).astype(spec.dtype)
+        return _plus(y, bias).astype(spec.dtype)
+    # One multiplication and one addition: what is left of the mean goes with the bias.
+    d, factor, _ = _deviation(spec, x, mask, m._replace(offset=None))
+    factor = factor if scale is None else factor * scale
+    if m.offset is not None:
+        offset = reduction.spread(m.offset * reduction.row_unit(x, m.shift), x)
+        bias = _plus(bias, -offset * factor)
+    return _plus(d * factor, bias).astype(spec.dtype)
 
 
 def _apply_tangent(spec, x, mask, scale, m, dx, dscale, dbias, dmean, dvar):
@@ -118,20 +116,13 @@ def _apply_tangent(spec, x, mask, scale, m, dx, dscale, dbias, dmean, dvar):
     d, inverse, valid = _deviation(spec, x, mask, m)
     z = d * inverse
     inverse = inverse * spec.reduction.row_unit(x, m.shift)
-
-    def laid_out(statistic):
-        return (
-            None
-            if statistic is None
-            else spec.reduction.spread(statistic, x).astype(d.dtype)
-        )
-
     scale = _total_scale(spec, scale)
     dx, dscale, dbias = (_total(terms, d.dtype) for terms in ((dx,), dscale, dbias))
     if dx is not None and valid is not None:
         dx = jnp.where(valid, dx, jnp.zeros_like(dx))
-    slope = _times(laid_out(dvar), -inverse * inverse / 2)
-    level = _times(laid_out(dmean), -inverse)
+    dmean, dvar = jax.tree.map(lambda s: spec.reduction.spread(s, x), (dmean, dvar))
+    slope = _times(dvar, -inverse * inverse / 2)
+    level = _times(dmean, -inverse)
     if scale is None or _folds(inverse, scale):
         factor = inverse
         if scale is not None:

@@ -26,8 +26,8 @@ def lean(
 
     A `jax.custom_vjp` keeps as little, but has no forward mode and no second derivative.
     Here `jax.checkpoint` around a linear function has JAX transpose that function when the
-    time comes, from its arguments alone. Collectives must stay outside: JAX resolves the
-    names in a custom rule too late when the derivative is taken outside an inner `jit`.
+    time comes, from its arguments alone. The names of axes must be resolved outside: JAX
+    does it too late in a custom rule when the derivative is taken outside an inner `jit`.
     """
 
     call = jax.custom_jvp(primal, nondiff_argnums=(0,))

@@ -346,6 +346,14 @@ def float64():
         yield
 
 
+@contextlib.contextmanager
+def elsewhere():
+    """For the library, as on an accelerator. Nothing traced before may be called within."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(jax, "default_backend", lambda: "gpu")
+        yield
+
+
 # Where compiling takes all the time: XLA is asked to do as little as it can.
 _QUICK = {
     "xla_backend_optimization_level": 0,

@@ -22,7 +22,16 @@ from .benchmarks.accuracy import (
     names,
     pytorch,
 )
-from .helpers import NORMS, all_norms, call, clone, normal, over, reference
+from .helpers import (
+    NORMS,
+    all_norms,
+    call,
+    clone,
+    elsewhere,
+    normal,
+    over,
+    reference,
+)
 
 
 # The errors of a sum over columns, which XLA adds up row after row before jax 0.10.
@@ -31,7 +40,10 @@ SUM = 1 if jax.__version_info__ >= (0, 10) else 3
 # The data is laid out as one row for each statistic, which groups of features are not.
 row_layers = over(*(case for case in NORMS if case.groups is None))
 compiled_call = eqx.filter_jit(call)
-modes = pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
+# Elsewhere than on one CPU, the fast mode finds its shift in another way.
+compiled_elsewhere = eqx.filter_jit(lambda *args: call(*args))
+MODES = {"fast": True, "guess": True, "exact": False}
+modes = pytest.mark.parametrize("mode", MODES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 
 
@@ -42,14 +54,21 @@ def build(name, num_features, dtype, fast, epsilon=EPSILON):
     return case.build(num_features, dtype=dtype, use_fast_variance=fast, epsilon=epsilon)
 
 
-def run(case, x, fast, **kwargs):
-    layer, state = build(case.name, x.shape[-1], x.dtype, fast, **kwargs)
+def run(case, x, mode, **kwargs):
+    layer, state = build(case.name, x.shape[-1], x.dtype, MODES[mode], **kwargs)
+    if mode == "guess":
+        with elsewhere():
+            return np.asarray(compiled_elsewhere(layer, state, jnp.asarray(x)))
     return np.asarray(compiled_call(layer, state, jnp.asarray(x)))
 
 
-def distance_to_mean(x, axes):
+def distance_to_mean(x, axes, mode):
     """Of the fast mode's shift, in deviations: what its docstring's bound depends on."""
     x = np.asarray(x, np.float64)
+    mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+    if mode == "fast":
+        distance = np.abs(mean) / np.sqrt(np.maximum(var, np.finfo(np.float64).tiny))
+        return np.where(distance <= 4, distance, 0)
 
     def at(position):
         index = [slice(None)] * x.ndim
@@ -59,11 +78,10 @@ def distance_to_mean(x, axes):
         return x[tuple(index)]
 
     shift = np.median([at(lambda n: 0), at(lambda n: n // 2), at(lambda n: n - 1)], axis=0)
-    mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
     return np.abs(shift - mean) / np.sqrt(var + EPSILON)
 
 
-def allowance(case, x, expected, fast):
+def allowance(case, x, expected, mode):
     """What is due to rounding, for each element, in the precision of the statistics.
 
     Subtraction, inverse deviation and product are four roundings of the output. The fast
@@ -73,8 +91,8 @@ def allowance(case, x, expected, fast):
     rounding = 2.0**-24 * SUM
     largest = np.abs(expected).max()
     allowed = 4 * largest
-    if fast and case.center:
-        distance = distance_to_mean(x, case.reduction_axes(x.ndim))
+    if mode != "exact" and case.center:
+        distance = distance_to_mean(x, case.reduction_axes(x.ndim), mode)
         allowed = allowed + distance + 4 * largest * distance**2
     # XLA may take subnormal numbers for zero, before they are scaled up.
     flushed = float(jnp.finfo(jnp.float32).tiny) / np.sqrt(EPSILON)
@@ -91,15 +109,17 @@ def output_rounding(expected, dtype):
 @row_layers
 @modes
 @dtypes
-def test_error_is_that_of_rounding(case, dtype, fast):
+def test_error_is_that_of_rounding(case, dtype, mode):
     """One rounding to the output's dtype, and those of float32 statistics."""
     for name in names(dtype):
+        if dtype is jnp.bfloat16 and name == "magnitude 1e18" and not case.center:
+            continue  # The sum of the squares overflows, and may: see `Reduction.unit`.
         x = lay_out(case, as_dtype(name, dtype))
         expected = answer(case, x)
-        allowed = allowance(case, x, expected, fast)
+        allowed = allowance(case, x, expected, mode)
         if dtype is not jnp.float32:
             allowed = allowed + output_rounding(expected, dtype)
-        y = run(case, x, fast)
+        y = run(case, x, mode)
         assert y.dtype == x.dtype
         worst = (np.abs(y.astype(np.float64) - expected) / allowed).max()
         assert worst <= 1, f"{name}: {worst:.2f} times what rounding explains"
@@ -109,17 +129,17 @@ def test_error_is_that_of_rounding(case, dtype, fast):
 @row_layers
 @modes
 @dtypes
-def test_no_worse_than_pytorch(case, dtype, fast):
+def test_no_worse_than_pytorch(case, dtype, mode):
     torch = pytorch(case)
     if torch is None:
         pytest.skip("no such layer in PyTorch")
     for name in names(dtype):
         x = lay_out(case, as_dtype(name, dtype))
         expected = answer(case, x)
-        rounding = allowance(case, x, expected, fast).max()
+        rounding = allowance(case, x, expected, mode).max()
         if dtype is not jnp.float32:
             rounding += output_rounding(expected, dtype).max()
-        assert error(run(case, x, fast), expected) <= max(
+        assert error(run(case, x, mode), expected) <= max(
             error(torch(x), expected), rounding
         ), name
 
@@ -129,18 +149,19 @@ def test_contract(case):
     """The figures of the design, and of nothing but them."""
     x = lay_out(case, as_dtype("mean 10000", jnp.float32))
     expected = answer(case, x)
-    assert error(run(case, x, fast=True), expected) < 1e-2
-    assert error(run(case, x, fast=False), expected) < 5e-3
+    assert error(run(case, x, "fast"), expected) < 1e-2
+    assert error(run(case, x, "guess"), expected) < 1e-2
+    assert error(run(case, x, "exact"), expected) < 5e-3
 
 
 @row_layers
 @modes
 @dtypes
-def test_finite_without_epsilon(case, dtype, fast):
+def test_finite_without_epsilon(case, dtype, mode):
     """Where the float64 answer is finite, and with no epsilon to hide behind."""
     for name in names(dtype):
         x = lay_out(case, as_dtype(name, dtype))
-        y = run(case, x, fast, epsilon=0.0)
+        y = run(case, x, mode, epsilon=0.0)
         assert np.isfinite(y.astype(np.float64)).all(), name
 
 
@@ -157,19 +178,18 @@ def test_fast_variance_with_a_shift_far_from_the_mean(case):
         for axis in axes:
             index[axis] = position(x.shape[axis])
         x[tuple(index)] = 1e4
-    distance = distance_to_mean(x, axes)
+    distance = distance_to_mean(x, axes, "guess")
     # No shift is farther away than this with three positions in 512, nor is this one less.
     np.testing.assert_allclose(distance, np.sqrt(509 / 3), rtol=1e-2)
     expected = answer(case, x)
-    allowed = allowance(case, x, expected, fast=True)
-    assert (np.abs(run(case, x, fast=True) - expected) <= allowed).all()
-    allowed = allowance(case, x, expected, fast=False)
-    assert (np.abs(run(case, x, fast=False) - expected) <= allowed).all()
+    for mode in MODES:
+        allowed = allowance(case, x, expected, mode)
+        assert (np.abs(run(case, x, mode) - expected) <= allowed).all(), mode
 
 
 @all_norms
-@modes
-def test_masked_and_vmapped_data_has_the_exact_bound(case, fast):
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
+def test_masked_and_vmapped_data_far_from_zero_has_the_exact_bound(case, fast):
     x = 1e4 + np.random.default_rng(2).standard_normal((16, 8, 32)).astype(np.float32)
     mask = np.random.default_rng(3).random(x.shape) < 0.7
     layer, state = build(case.name, 32, x.dtype, fast)
@@ -297,7 +317,7 @@ def test_exact_over_devices(case):
 
 
 @all_norms
-@modes
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
 def test_half_precision_over_devices(case, fast):
     """What travels is float32."""
     f, shape = over_devices(case, use_fast_variance=fast, dtype=jnp.bfloat16)
