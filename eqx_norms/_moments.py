@@ -21,7 +21,7 @@ the standard deviation.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -249,7 +249,7 @@ def _guess(x: Array, reduction: Reduction) -> Array | None:
     return reduction._replace(axes=()).mean(median)
 
 
-def per_counted(weight, mean):
+def per_counted(weight: Array | None, mean: Any) -> Any:
     """The mean over the positions that count, from one of zeros in the place of others."""
     if weight is None or mean is None:
         return mean
@@ -275,7 +275,7 @@ def _about_zero(spec, x, mask, weight, here):
 def _shifts(spec, x, mask, weight, here, fast):
     """What to take the sums about, a row for each group, and what is known of them."""
     reduction = spec.reduction
-    if fast and on_one_cpu(x, reduction.axes):
+    if fast and on_one_cpu(x, range(x.ndim)):
         return _about_zero(spec, x, mask, weight, here)
     if fast and mask is None and not here.names:
         guess = _guess(x, reduction)
@@ -285,12 +285,12 @@ def _shifts(spec, x, mask, weight, here, fast):
     return per_counted(weight, *here.mean(mean)), None
 
 
-def _pool(members, weight, *values):
+def _pool(members: Members, weight: Array | None, *values: Array) -> Any:
     """Means over members, by what each counted, and what all did: a row for each group."""
     if weight is None:
         return *members.mean(*values), None
-    values = (weight.astype(value.dtype) * value for value in values)
-    *means, weight = members.mean(*values, weight)
+    weighted = (weight.astype(value.dtype) * value for value in values)
+    *means, weight = members.mean(*weighted, weight)
     return *(per_counted(weight, mean) for mean in means), weight
 
 

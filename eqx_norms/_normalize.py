@@ -1,7 +1,7 @@
 """`(x - mean) / sqrt(var + epsilon) * scale + bias`: the library's only normalisation."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def _times(a: Array | None, b: Array | None) -> Array | None:
     return None if a is None or b is None else a * b
 
 
-def _plus(*terms: Array | None) -> Array | None:
+def _plus(*terms: Array | None) -> Any:
     present = [term for term in terms if term is not None]
     return sum(present[1:], present[0]) if present else None
 
@@ -203,14 +203,15 @@ _normalize_own = lean(
 # have them again costs readings and communication.
 
 
-def _apply_row(spec, *args):
-    return _apply_own(spec, *args, ALONE)[0]
+def _apply_row(spec, x, mask, scale, bias):
+    return _apply_own(spec, x, mask, scale, bias, ALONE)[0]
 
 
-def _apply_row_tangent(spec, kept, *tangents):
+def _apply_row_tangent(spec, kept, dx, dmask, dscale, dbias):
     x, mask, scale = kept
     _, rows = _own_moments(spec, x, mask, ALONE)
-    return _apply_own_tangent(spec, (x, mask, scale, ALONE, rows), *tangents, None)[0]
+    kept = (x, mask, scale, ALONE, rows)
+    return _apply_own_tangent(spec, kept, dx, dmask, dscale, dbias, None)[0]
 
 
 def _input_apart(dx, dmask, dscale, dbias):

@@ -41,7 +41,7 @@ SUM = 1 if jax.__version_info__ >= (0, 10) else 3
 row_layers = over(*(case for case in NORMS if case.groups is None))
 compiled_call = eqx.filter_jit(call)
 # Elsewhere than on one CPU, the fast mode finds its shift in another way.
-compiled_elsewhere = eqx.filter_jit(lambda *args: call(*args))
+compiled_elsewhere = eqx.filter_jit(lambda layer, state, x: call(layer, state, x))
 MODES = {"fast": True, "guess": True, "exact": False}
 modes = pytest.mark.parametrize("mode", MODES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)

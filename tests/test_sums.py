@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import eqx_norms as en
 
 from .helpers import (
     NORMS,
     call,
+    count_in_hlo,
     elsewhere,
     normal,
     over,
@@ -139,7 +142,7 @@ def test_squares_fit_and_their_sum_does_not(vmapped):
 def test_derivatives(case, kind):
     """Of both modes, together, against those of plain code; and elsewhere."""
     shape = (4, 6, 8)
-    level = np.zeros(8, np.float32) if kind == "near" else np.arange(0, 80, 10, np.float32)
+    level = np.float32(0 if kind == "near" else 10) * np.arange(8, dtype=np.float32)
     x, t, w = (normal(seed, shape) for seed in range(3))
     x = jnp.asarray(np.asarray(x) + level)
     layer, state = case.build(8, epsilon=1e-3)
@@ -156,3 +159,16 @@ def test_derivatives(case, kind):
     for a, b, c in zip(ours, theirs, expected, strict=True):
         np.testing.assert_allclose(a, c, rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@column_layers
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_devices_do_not_ask_each_other_how_far_it_is(case, kind):
+    """Of a batch that is split over them, where each has its own statistics."""
+    if case.stateful:
+        pytest.skip("statistics are over the batch")
+    layer, state = case.build(8)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    x = jax.device_put(normal(0, (8, 3, 8)), NamedSharding(mesh, P("d")))
+    with jax.set_mesh(mesh):
+        assert count_in_hlo(lambda x: call(layer, state, x), x) == 0
