@@ -84,10 +84,16 @@ def may_be_sharded(x: Array, axes: Sequence[int]) -> bool:
     return auto or is_sharded(x, axes)
 
 
-def on_one_cpu(x: Array, axes: Sequence[int]) -> bool:
-    """Whether an array is on a CPU, and surely in one piece along these axes."""
+def on_one_cpu(x: Array, axes: Sequence[int] | None = None) -> bool:
+    """Whether an array is on a CPU, and surely in one piece along these axes; by default
+    along all, those of a `vmap` too, which its type does not have."""
+    if axes is None:
+        kinds = jax.typeof(x).sharding.mesh.axis_types
+        split = any(kind != AxisType.Manual for kind in kinds)
+    else:
+        split = may_be_sharded(x, axes)
     return (
-        not may_be_sharded(x, axes)
+        not split
         # To ask for the backend starts it, and whoever traces before may yet configure it.
         and backends_are_initialized()
         and jax.default_backend() == "cpu"

@@ -83,7 +83,8 @@ ad.primitive_transposes[_vmapped_sum_p] = _vmapped_sum_transpose
 
 
 def _everywhere_batch(operands, dims):
-    return _everywhere_p.bind(jnp.all(*operands, axis=dims)), None
+    (x,), (dim,) = operands, dims
+    return _everywhere_p.bind(jnp.all(x, axis=dim)), None
 
 
 _everywhere_p = Primitive("everywhere")
@@ -126,7 +127,7 @@ class Members(eqx.Module):
         return jnp.where(rows == self.group, value, jnp.zeros_like(value))
 
     def mean(self, *values: Array) -> tuple[Array, ...]:
-        """The mean over the members of each value, all in one collective.
+        """The mean over the members of each value; over a mesh all in one collective.
 
         Values have one shape and dtype (complex ones travel as two). Each result has a
         leading axis with a row for each group, a single one without groups. The rows are

@@ -10,8 +10,8 @@ The closer the shift to the mean, the less cancels: the variance is good to abou
 everything once the mean is a few thousand deviations; with s the mean itself, the second
 terms only correct its rounding. What the layers offer is how s is found:
 
-- `fast`: a guess, so that the data is read, and communicated, once. On a CPU that is zero,
-  until it shows to be too far; then the mean;
+- `fast`: a guess, so that the data is read, and communicated, once. On one CPU that is
+  zero, until it shows to be too far; then the mean;
 - otherwise: the mean, which costs one more reading, and communication.
 
 The mean is handed on as the pair (shift, offset), to be subtracted one after the other:
@@ -181,9 +181,8 @@ class _Spec(NamedTuple):
 
 
 def _sums(spec, x, mask, shift, here):
-    unit = spec.reduction.unit(x, shift, here.size)
-    if spec.center and shift is None:
-        unit = 1.0  # A trial: too large is too far.
+    trial = spec.center and shift is None  # What is too large is too far.
+    unit = 1.0 if trial else spec.reduction.unit(x, shift, here.size)
     d = counted(mask, spec.reduction.deviation(x, shift, None, unit))
     first = None
     if spec.center:
@@ -194,14 +193,19 @@ def _sums(spec, x, mask, shift, here):
 
 
 @functools.partial(jax.jit, static_argnums=0)  # else traced anew at each call outside one
-def _sums_if_far(spec, x, mask, shift, here, near, *found):
-    return lax.cond(near, lambda: found, lambda: _sums(spec, x, mask, shift, here))
+def _sums_where_far(spec, x, mask, shift, here, near, *found):
+    def anew():
+        # Those that are near keep theirs to the bit, whatever the others hold.
+        sums: Any = _sums(spec, x, mask, shift, here)
+        return jax.tree.map(functools.partial(jnp.where, near), found, sums)
+
+    return lax.cond(everywhere(near), lambda: found, anew)
 
 
 def _sums_unless_found(spec, x, mask, shift, here, found):
     if found is None:
         return _sums(spec, x, mask, shift, here)
-    return _sums_if_far(spec, x, mask, shift, here, *found)
+    return _sums_where_far(spec, x, mask, shift, here, *found)
 
 
 def sums_tangent(reduction, center, x, mask, shift, offset, here, dx):
@@ -261,21 +265,19 @@ _NEAR = 16
 
 
 def _about_zero(spec, x, mask, weight, here):
-    """Sums about zero; and what to take them about: zero, or where that is too far, or the
-    squares overflow, the mean."""
-    found = _block_sums(spec, x, mask, None, here, None)
-    first, second = (per_counted(weight, mean) for mean in found)
-    square = abs_square(first)
-    near = (square <= _NEAR * (second - square)) & jnp.isfinite(second)
+    """What to take the sums about: zero, or where that is too far, or the squares overflow,
+    the mean. And which are near, with their sums about zero."""
+    sums = _block_sums(spec, x, mask, None, here, None)
+    first, second = (per_counted(weight, mean) for mean in sums)
     # Nothing but zeros, as a rectifier may leave, are near.
-    near = near | (second == 0)
-    return jnp.where(near, 0, first), (everywhere(near), *found)
+    near = ((1 + _NEAR) * abs_square(first) <= _NEAR * second) & jnp.isfinite(second)
+    return jnp.where(near, 0, first), (near, *sums)
 
 
 def _shifts(spec, x, mask, weight, here, fast):
     """What to take the sums about, a row for each group, and what is known of them."""
     reduction = spec.reduction
-    if fast and on_one_cpu(x, range(x.ndim)):
+    if fast and on_one_cpu(x):
         return _about_zero(spec, x, mask, weight, here)
     if fast and mask is None and not here.names:
         guess = _guess(x, reduction)

@@ -102,6 +102,7 @@ def _apply(spec, x, mask, scale, bias, m):
         y = y if scale is None else y * scale
         return _plus(y, bias).astype(spec.dtype)
     # One multiplication and one addition: what is left of the mean goes with the bias.
+    # (Factors of less than 1e-38 or more than 1e38 are lost, though their product may fit.)
     d, factor, _ = _deviation(spec, x, mask, m._replace(offset=None))
     factor = factor if scale is None else factor * scale
     if m.offset is not None:

@@ -79,7 +79,8 @@ class RMSNorm(AbstractExampleNorm):
         - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of
             equal size and together all of them: each group has a mean square of its own.
         - `use_fast_variance`: for the sake of Flax's interface. There is no mean to
-            subtract, so the data is read once, and exactly, either way.
+            subtract, so the data is read once, and exactly, either way. (In half precision
+            the sum of the squares must fit into float32: a thousand numbers of 5e17.)
         - `scale_offset`: added to the scale, the layer's or that of the call, in the
             precision of the statistics. Without either there is no scale.
         - `key`: a `jax.random` key for the initializers, if they need one.

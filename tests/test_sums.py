@@ -168,7 +168,9 @@ def test_devices_do_not_ask_each_other_how_far_it_is(case, kind):
     if case.stateful:
         pytest.skip("statistics are over the batch")
     layer, state = case.build(8)
+    example, _ = case.build(8, **case.per_example)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
     x = jax.device_put(normal(0, (8, 3, 8)), NamedSharding(mesh, P("d")))
     with jax.set_mesh(mesh):
         assert count_in_hlo(lambda x: call(layer, state, x), x) == 0
+        assert count_in_hlo(jax.vmap(lambda x: call(example, state, x)), x) == 0
