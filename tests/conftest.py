@@ -12,13 +12,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Where values are compared and compiling takes all the time, XLA does as little as it can.
 QUICK = {
     "test_battery",
+    "test_collectives",
     "test_convert_equinox",
+    "test_convert_flax",
     "test_derivatives",
     "test_dtypes",
     "test_fold",
     "test_group_norm",
+    "test_instance_norm",
+    "test_masks",
     "test_parity_flax",
+    "test_properties",
     "test_recalibrate",
+    "test_sharding",
     "test_spectral_norm",
     "test_weight_norm",
 }

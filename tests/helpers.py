@@ -354,23 +354,6 @@ def elsewhere():
         yield
 
 
-# Where compiling takes all the time: XLA is asked to do as little as it can.
-_QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
-
-
-def quick_jit(f: Callable[..., Any], **kwargs: Any) -> Any:
-    return jax.jit(f, compiler_options=_QUICK, **kwargs)
-
-
-def quick_filter_jit(f: Callable[..., Any]) -> Any:
-    # Equinox hands the options on, but does not declare them.
-    filter_jit: Any = eqx.filter_jit
-    return filter_jit(f, compiler_options=_QUICK)
-
-
 def bytes_kept(f: Callable[..., Any], *args: Any) -> int:
     """What `jax.vjp` under `jit` keeps for the backward pass, parameters included."""
     _, backward = jax.eval_shape(jax.jit(lambda *args: jax.vjp(f, *args)), *args)

@@ -22,8 +22,6 @@ from .helpers import (
     clone,
     float64,
     normal,
-    quick_filter_jit,
-    quick_jit,
     randomize,
     step,
 )
@@ -87,8 +85,8 @@ def test_grad(case):
 
         params, static = eqx.partition(layer, eqx.is_inexact_array)
         actual = grads(library(state))
-        assert_close(actual, quick_filter_jit(grads)(plain(case, state)), 1e-12)
-        jitted = quick_filter_jit(grads)(library(state))
+        assert_close(actual, eqx.filter_jit(grads)(plain(case, state)), 1e-12)
+        jitted = eqx.filter_jit(grads)(library(state))
         assert_close(jitted, actual, 1e-12)
 
 
@@ -102,7 +100,7 @@ def test_jvp(case):
             lambda a: jnp.cos(jnp.arange(a.size)).reshape(a.shape), params
         )
 
-        @ft.partial(quick_jit, static_argnums=0)
+        @ft.partial(jax.jit, static_argnums=0)
         def jvp(function):
             return jax.jvp(
                 lambda p, x: function(eqx.combine(p, static), x),
@@ -120,7 +118,7 @@ def test_hessian(case):
         x = 2 + normal(1, SHAPE, jnp.float64)
 
         def hessian(function):
-            return quick_jit(jax.hessian(lambda x: loss_of(function)(layer, x)))(x)
+            return jax.jit(jax.hessian(lambda x: loss_of(function)(layer, x)))(x)
 
         assert_close(hessian(library(state)), hessian(plain(case, state)), 1e-11)
 
@@ -134,7 +132,7 @@ def test_second_derivatives_of_parameters_too(case):
         at = params, normal(1, SHAPE, jnp.float64)
         v = jax.tree.map(lambda a: normal(2, a.shape, jnp.float64), at)
 
-        @ft.partial(quick_jit, static_argnums=0)
+        @ft.partial(jax.jit, static_argnums=0)
         def products(function):
             loss = lambda at: loss_of(function)(eqx.combine(at[0], static), at[1])  # noqa: E731
             slope = lambda at: jax.jvp(loss, (at,), (v,))[1]  # noqa: E731
@@ -158,12 +156,12 @@ def test_vmap_over_batches(case):
         loss = lambda x: loss_of(library(state))(layer, x)  # noqa: E731
         return call(layer, state, x), jax.grad(loss)(x)
 
-    single = quick_jit(value_and_grad)
+    single = jax.jit(value_and_grad)
     expected = [single(x) for x in xs]
     expected = jax.tree.map(lambda *leaves: np.stack(leaves), *expected)
-    assert_close(quick_jit(jax.vmap(value_and_grad))(xs), expected, 1e-6)
+    assert_close(jax.jit(jax.vmap(value_and_grad))(xs), expected, 1e-6)
     # The batched axis elsewhere than in front.
-    moved = quick_jit(jax.vmap(value_and_grad, in_axes=2, out_axes=2))
+    moved = jax.jit(jax.vmap(value_and_grad, in_axes=2, out_axes=2))
     expected = jax.tree.map(lambda a: np.moveaxis(a, 0, 2), expected)
     assert_close(moved(jnp.moveaxis(xs, 0, 2)), expected, 1e-6)
 
@@ -203,9 +201,9 @@ def test_vmap_of_grad(case):
     layer, state = build(case, **case.per_example)
     x = normal(1, SHAPE)
     each = lambda x: jnp.sum(jnp.sin(call(layer, state, x)))  # noqa: E731
-    actual = quick_jit(jax.vmap(jax.grad(each), axis_name="batch"))(x)
+    actual = jax.jit(jax.vmap(jax.grad(each), axis_name="batch"))(x)
     total = lambda x: jnp.sum(jnp.sin(case.expected(layer, state, x)))  # noqa: E731
-    expected = quick_jit(jax.grad(total))(x)
+    expected = jax.jit(jax.grad(total))(x)
     assert_close(actual, expected, 1e-5)
 
 
@@ -235,8 +233,8 @@ def test_checkpoint(case):
     x = normal(1, SHAPE)
     loss = lambda x: loss_of(library(state))(layer, x)  # noqa: E731
     kept = eqx.filter_checkpoint(loss)
-    expected = quick_jit(jax.value_and_grad(loss))(x)
-    assert_close(quick_jit(jax.value_and_grad(kept))(x), expected, 1e-6)
+    expected = jax.jit(jax.value_and_grad(loss))(x)
+    assert_close(jax.jit(jax.value_and_grad(kept))(x), expected, 1e-6)
 
 
 @all_layers
@@ -335,7 +333,7 @@ def test_ensemble(case):
     make = lambda key: case.build(**case.random, key=key)  # noqa: E731
     layers, states = eqx.filter_vmap(make)(keys)
     apply = eqx.filter_vmap(lambda layer, state: step(layer, state, x))
-    y, new = quick_filter_jit(apply)(layers, states)
+    y, new = eqx.filter_jit(apply)(layers, states)
     outputs = []
     for number in range(3):
         one = lambda a, n=number: a[n] if eqx.is_array(a) else a  # noqa: E731
@@ -435,7 +433,7 @@ def test_in_a_sequential(case):
         mapped = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
         return mapped(x, state)
 
-    y, new_state = quick_filter_jit(apply)(model, clone(state), x)
+    y, new_state = eqx.filter_jit(apply)(model, clone(state), x)
     hidden = case.expected(model[1], state, model[0](x))
     expected = names["BatchNorm"].expected(model[2], state, hidden)
     expected = names["RMSNorm"].expected(model[4], state, jax.nn.relu(expected))

@@ -28,7 +28,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import eqx_norms as en
 
-from .helpers import all_norms, call, clone, quick_jit
+from .helpers import all_norms, call, clone
 
 
 SIZES = {"o": 2, "a": 4, "b": 2, "r": 3, "f": 5}
@@ -323,7 +323,7 @@ def actual(arrays, kind, levels, grouped, *, depth=0, closed=False, context=None
     return jax.tree.map(lambda a: a[None], out) if alone else out
 
 
-def both(kind, levels, grouped, *, masked=None, jit=quick_jit, **kwargs):
+def both(kind, levels, grouped, *, masked=None, jit=jax.jit, **kwargs):
     arrays = single((data(masked), parameters(kind), old_stats()))
     found = jit(lambda arrays: actual(arrays, kind, way(levels), grouped, **kwargs))(arrays)
     wanted = expected(kind, grouped, masked)

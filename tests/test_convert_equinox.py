@@ -12,7 +12,7 @@ import pytest
 import eqx_norms as en
 from eqx_norms import convert
 
-from .helpers import float64, normal, quick_filter_jit, quick_jit
+from .helpers import float64, normal
 
 
 KEY = jax.random.key(0)
@@ -94,7 +94,7 @@ def test_stateless(name):
     assert type(new) is getattr(en, type(old).__name__)
     x = 3 + normal(7, (2, *shape))
 
-    @quick_filter_jit
+    @eqx.filter_jit
     @eqx.filter_grad(has_aux=True)
     def grad(layer):
         y, _ = call(layer, None, x)
@@ -323,7 +323,7 @@ def test_resnet():
                 step = eqx.filter_value_and_grad(loss)(model, state)
                 return step, evaluate(model, state, x)
 
-            return quick_jit(both)(arrays)
+            return jax.jit(both)(arrays)
 
         new, new_state = convert.replace_norms(old, state)
         assert len(norms_in(old, *EQUINOX)) == len(norms_in(new, *OURS)) == 24

@@ -11,7 +11,7 @@ from flax import nnx
 import eqx_norms as en
 from eqx_norms import convert
 
-from .helpers import normal, quick_filter_jit, quick_jit
+from .helpers import normal
 
 
 ALL = ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"]
@@ -39,7 +39,7 @@ def lenient():
     return jax.numpy_dtype_promotion("standard")
 
 
-@quick_filter_jit
+@eqx.filter_jit
 def call(layer, state, x):
     return layer(x, state) if state is not None else (layer(x), None)
 
@@ -96,7 +96,7 @@ def test_linen(case):
     module, variables, (layer, state), x = linen_case(case)
     assert type(layer) is getattr(en, type(module).__name__)
     with lenient():
-        apply = quick_jit(module.apply, static_argnames="mutable")
+        apply = jax.jit(module.apply, static_argnames="mutable")
         expected, after = apply(variables, x, mutable="batch_stats")
         y, state = call(layer, state, x)
     close(y, expected)

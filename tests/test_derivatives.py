@@ -23,7 +23,6 @@ from .helpers import (
     normal,
     over,
     plain,
-    quick_jit,
     vector_norms,
 )
 
@@ -124,7 +123,7 @@ def derivatives(f, x, params, *, every=False):
 
 def compare(problem, *inputs, every=False):
     ours, plain = (
-        quick_jit(ft.partial(derivatives, f, every=every))
+        jax.jit(ft.partial(derivatives, f, every=every))
         for f in (problem.library, problem.plain)
     )
     for x in inputs:
@@ -220,7 +219,7 @@ def test_zero_variance_without_epsilon(case, vmapped):
         ones = {name: jnp.ones_like(p) for name, p in problem.params.items()}
         if "bias" in ones:
             ones["bias"] = jnp.zeros_like(ones["bias"])
-        found = quick_jit(ft.partial(derivatives, problem.library))(x, ones)
+        found = jax.jit(ft.partial(derivatives, problem.library))(x, ones)
         y = problem.library(x, ones)
         assert (np.asarray(y)[~alive] == 0).all()
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
@@ -249,7 +248,7 @@ def test_one_position_a_statistic(case):
         x = normal(8, shape, jnp.float64)
         params = {**problem.params, "bias": jnp.zeros_like(problem.params["bias"])}
         f = ft.partial(derivatives, problem.library, every=True)
-        found = quick_jit(f)(x, params)
+        found = jax.jit(f)(x, params)
         for name in ("forward", "forward over forward"):
             tangent = directions((x, params), 10)[1]["bias"]
             expected = jnp.broadcast_to(tangent.reshape(1, 1, -1), shape)

@@ -10,7 +10,7 @@ import pytest
 
 import eqx_norms as en
 
-from .helpers import clone, float64, normal, quick_jit, randomize
+from .helpers import clone, float64, normal, randomize
 
 
 def norm(features=6, seed=0, **kwargs):
@@ -59,9 +59,9 @@ def example_shape(layer):
 def assert_same(layer, bn, state, rtol=1e-5):
     folded = en.fold_batch_norm(layer, bn, state)
     x = normal(1, (3, *example_shape(layer)), layer.weight.dtype)
-    wanted, found = quick_jit(
-        lambda x: (sequence(layer, bn, state, x), jax.vmap(folded)(x))
-    )(x)
+    wanted, found = jax.jit(lambda x: (sequence(layer, bn, state, x), jax.vmap(folded)(x)))(
+        x
+    )
     assert found.shape == wanted.shape
     scale = np.max(np.abs(wanted))
     np.testing.assert_allclose(found, wanted, rtol=rtol, atol=rtol * scale)

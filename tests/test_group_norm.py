@@ -17,14 +17,12 @@ from .helpers import (
     float64,
     normal,
     plain,
-    quick_filter_jit,
-    quick_jit,
     randomize,
     reference,
 )
 
 
-jitted = quick_filter_jit(lambda layer, x, **kwargs: layer(x, **kwargs))
+jitted = eqx.filter_jit(lambda layer, x, **kwargs: layer(x, **kwargs))
 
 
 def build(num_features=8, num_groups: int | None = 4, **kwargs):
@@ -155,7 +153,7 @@ def test_gradients(name, masked):
             return y * lay(arrays.scale) + lay(arrays.bias)
 
         found, wanted = (
-            quick_jit(jax.grad(lambda a, x, f=f: jnp.sum(jnp.sin(f(a, x))), (0, 1)))(
+            jax.jit(jax.grad(lambda a, x, f=f: jnp.sum(jnp.sin(f(a, x))), (0, 1)))(
                 arrays, x
             )
             for f in (ours, theirs)
@@ -175,7 +173,7 @@ def test_sharded_across_groups():
     layer = build(num_groups=2)
     x = 2 + normal(0, (4, 8, 8))
     wanted = expected(layer, x, (1, 2))
-    gradient = quick_jit(jax.grad(lambda layer, x: jnp.sum(jnp.sin(layer(x))), 1))
+    gradient = jax.jit(jax.grad(lambda layer, x: jnp.sum(jnp.sin(layer(x))), 1))
     wanted_gradient = gradient(layer, x)
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     with jax.set_mesh(mesh):
@@ -184,7 +182,7 @@ def test_sharded_across_groups():
         )
         layer = jax.tree.map(lambda a: put(a, "model"), layer)
         x = put(x, None, None, "model")
-        y, dx = quick_filter_jit(layer)(x), gradient(layer, x)
+        y, dx = eqx.filter_jit(layer)(x), gradient(layer, x)
     for array in (y, dx):
         assert array.sharding.is_equivalent_to(x.sharding, 3)
     np.testing.assert_allclose(np.asarray(y), wanted, atol=1e-5)
@@ -212,20 +210,20 @@ def test_space_split_over_a_named_axis(by, masked):
             out_specs=spec,
         )
         run = lambda x: f(x, mask)  # noqa: E731
-    y = quick_jit(run)(x)
+    y = jax.jit(run)(x)
     np.testing.assert_allclose(
         y, expected(layer, x, (1, 2), mask=mask), rtol=1e-5, atol=2e-5
     )
-    gradient = quick_jit(jax.grad(lambda x: jnp.sum(jnp.sin(run(x)))))(x)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(run(x)))))(x)
     alone = build()
-    wanted = quick_jit(jax.grad(lambda x: jnp.sum(jnp.sin(alone(x, mask=mask)))))(x)
+    wanted = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(alone(x, mask=mask)))))(x)
     np.testing.assert_allclose(gradient, wanted, atol=1e-4)
 
 
 def test_axis_index_groups():
     layer = build(axis_name="space", axis_index_groups=[[0, 2], [1, 3]])
     x = normal(0, (4, 2, 3, 8))
-    y = quick_jit(jax.vmap(layer, axis_name="space"))(x)
+    y = jax.jit(jax.vmap(layer, axis_name="space"))(x)
     for pair in ([0, 2], [1, 3]):
         both = np.concatenate(np.asarray(x)[pair], 1)
         wanted = np.split(expected(layer, both, (1, 2)), 2, 1)

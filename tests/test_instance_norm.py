@@ -15,14 +15,12 @@ from .helpers import (
     float64,
     normal,
     plain,
-    quick_filter_jit,
-    quick_jit,
     randomize,
     reference,
 )
 
 
-jitted = quick_filter_jit(lambda layer, x, **kwargs: layer(x, **kwargs))
+jitted = eqx.filter_jit(lambda layer, x, **kwargs: layer(x, **kwargs))
 
 
 def build(num_features=8, **kwargs):
@@ -81,7 +79,7 @@ def test_vmapped_examples_are_a_batch():
     one, batched = build(batch_axes=(), feature_axes=0), build(feature_axes=1)
     x = normal(0, (3, 8, 5, 4))
     y = jitted(batched, x)
-    np.testing.assert_allclose(quick_jit(jax.vmap(one))(x), y, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.vmap(one))(x), y, atol=1e-6)
 
 
 def test_is_group_norm_with_a_group_for_each_feature():
@@ -107,7 +105,7 @@ def test_gradients(masked):
             return y * scale + bias
 
         found, wanted = (
-            quick_jit(jax.grad(lambda a, x, f=f: jnp.sum(jnp.sin(f(a, x))), (0, 1)))(
+            jax.jit(jax.grad(lambda a, x, f=f: jnp.sum(jnp.sin(f(a, x))), (0, 1)))(
                 arrays, x
             )
             for f in (ours, theirs)
@@ -138,7 +136,7 @@ def test_space_split_over_a_named_axis(by):
             out_specs=spec,
         )
         run = lambda x: f(x, mask)  # noqa: E731
-    y = quick_jit(run)(x)
+    y = jax.jit(run)(x)
     np.testing.assert_allclose(y, expected(layer, x, (1,), mask=mask), rtol=1e-4, atol=1e-4)
 
 

@@ -17,8 +17,6 @@ from .helpers import (
     float64,
     normal,
     plain,
-    quick_filter_jit,
-    quick_jit,
     reference,
 )
 
@@ -59,7 +57,7 @@ def loss(layer, state, x, mask):
 
 @ft.cache
 def compiled():
-    return quick_filter_jit(call), quick_filter_jit(
+    return eqx.filter_jit(call), eqx.filter_jit(
         eqx.filter_grad(lambda lx, state, mask: loss(lx[0], state, lx[1], mask))
     )
 
@@ -91,12 +89,12 @@ def test_against_plain_code(case, shape):
     # In float64: where few positions are counted, float32 is no reference.
     with float64():
         clean = jnp.where(counted, x, 0).astype(jnp.float64)
-        expected = quick_jit(
+        expected = jax.jit(
             jax.grad(lambda x: jnp.sum(jnp.where(counted, jnp.sin(f(x)), 0)))
         )(clean)
     # What is excluded is normalised as well, so it reaches the gradient of the statistics
     # by its output: a loss that leaves these outputs out must not see it at all.
-    only = quick_jit(
+    only = jax.jit(
         jax.grad(
             lambda x: jnp.sum(
                 jnp.where(counted, jnp.sin(call(layer, state, x, mask=mask)), 0)
@@ -115,7 +113,7 @@ def test_excluded_values_make_no_difference(case):
     mask = make_mask(SHAPE)
     x = normal(1, SHAPE)
 
-    @quick_filter_jit
+    @eqx.filter_jit
     @eqx.filter_grad(has_aux=True)
     def grad_and_results(layer_and_x):
         layer, x = layer_and_x
@@ -185,7 +183,7 @@ def test_second_derivatives_are_finite(case):
     x = with_bad_values(normal(5, SHAPE), mask)
     x = jnp.where(jnp.abs(x) > 1e20, 0, x)
     grad = jax.grad(lambda x: loss(layer, state, x, mask))
-    _, tangent = quick_jit(lambda x: jax.jvp(grad, (x,), (jnp.ones_like(x),)))(x)
+    _, tangent = jax.jit(lambda x: jax.jvp(grad, (x,), (jnp.ones_like(x),)))(x)
     assert np.isfinite(tangent).all()
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 import eqx_norms as en
 
-from .helpers import normal, quick_jit
+from .helpers import normal
 
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -124,11 +124,11 @@ def run_example_layers(ours, flax, case, dtypes, *, use_fast_variance, mask=None
         (_, y), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
         return y, *grads
 
-    actual = quick_jit(lambda: run(ours, num_features, use_fast_variance))()
+    actual = jax.jit(lambda: run(ours, num_features, use_fast_variance))()
     with lenient():
         size = int(np.prod(num_features))
         make = lambda n, **kw: flax(n, rngs=nnx.Rngs(0), **kw)  # noqa: E731
-        expected = quick_jit(lambda: run(make, size, False))()
+        expected = jax.jit(lambda: run(make, size, False))()
     names = ("output", "gradient of x", "gradient of scale", "gradient of bias")
     for name, a, e in zip(names, actual, expected, strict=True):
         # A gradient has been rounded like the output, and to its own dtype.
@@ -227,7 +227,7 @@ def run_batch_norm(case, dtypes, *, fast, mask=None):
             arguments = dict(kwargs, use_fast_variance=fast)
             return steps(num_features, arguments, xs, weights, mask, scale, bias)
 
-        return quick_jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(xs, scale, bias)
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(xs, scale, bias)
 
     (_, (ys, stats)), grads = run(steps_of_ours, fast)
     with lenient():

@@ -6,6 +6,7 @@ that is done with it.
 
 import functools as ft
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from .helpers import NORMS, all_norms, call, clone, quick_filter_jit, reference
+from .helpers import NORMS, all_norms, call, clone, reference
 
 
 # With an axis of space, and features that two groups divide.
@@ -40,7 +41,7 @@ def build(name, num_features, **kwargs):
     return case.build(num_features, epsilon=EPSILON, **kwargs)
 
 
-compiled_call = quick_filter_jit(call)
+compiled_call = eqx.filter_jit(call)
 
 
 def run(case, x, *, mask=None, **kwargs):
@@ -168,7 +169,7 @@ def test_batched_against_per_example(case, seed, fast, weights):
     )
 
 
-@quick_filter_jit
+@eqx.filter_jit
 def per_example(layer, state, x, mask):
     def f(x, mask):
         return call(layer, state, x, mask=mask)
@@ -212,7 +213,7 @@ def test_splitting_a_batch_over_devices(case, seed, fast, masked):
     )
     if not case.stateful:
         return
-    _, new = quick_filter_jit(layer)(x, clone(state), mask=mask)
+    _, new = eqx.filter_jit(layer)(x, clone(state), mask=mask)
     expected = layer.running_stats(new)
     np.testing.assert_allclose(stats.mean, expected.mean, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(stats.var, expected.var, rtol=1e-5)
@@ -260,6 +261,6 @@ def test_running_statistics_take_the_good_features(data, seed, momentum):
             np.testing.assert_array_equal(a, np.where(bad, c, b))
 
 
-@quick_filter_jit
+@eqx.filter_jit
 def compiled_update(layer, x, state):
     return layer.running_stats(layer(x, state)[1])

@@ -15,7 +15,7 @@ import eqx_norms as en
 from eqx_norms._recalibrate import _NOTHING, _merge
 from eqx_norms._running import PooledStats
 
-from .helpers import clone, float64, quick_filter_jit, randomize, reference
+from .helpers import clone, float64, randomize, reference
 
 
 SIZES = 3, 8, 1, 5
@@ -50,7 +50,7 @@ def forward(model, state, x):
     return model(x, state)
 
 
-@quick_filter_jit
+@eqx.filter_jit
 def jitted(model, state, x):
     return model(x, state)
 
@@ -157,7 +157,7 @@ MASKS = [
 ]
 
 
-@quick_filter_jit
+@eqx.filter_jit
 def masked(model, state, batch):
     x, mask = batch
     return model(x, state, mask=mask)
@@ -243,7 +243,7 @@ def test_deep_model(inference):
     model = eqx.nn.inference_mode(model, inference)
     if not inference:
         model = eqx.tree_at(lambda m: m.dropout.inference, model, True)
-    new = en.recalibrate(model, state, data(sizes=(3, 8, 5)), quick_filter_jit(examples))
+    new = en.recalibrate(model, state, data(sizes=(3, 8, 5)), eqx.filter_jit(examples))
     x = data(sizes=(3, 8, 5))
     assert_stats(model.first.running_stats(new), *joined(x), count=3)
     mean, var = joined(hidden(model, x), ddof=1)
@@ -257,7 +257,7 @@ def test_frozen_layer_is_left_alone():
     model = eqx.tree_at(lambda m: m.first, model, en.freeze(model.first))
     model = eqx.tree_at(lambda m: m.dropout.inference, model, True)
 
-    @quick_filter_jit
+    @eqx.filter_jit
     def f(model, state, x):
         x, state = model.first(x, state)
         return model.second(x[:, :3], state)
@@ -384,7 +384,7 @@ def test_shard_map(use_fast_variance):
     x = [b + 1e3 + jnp.arange(len(b), dtype=b.dtype)[:, None] for b in data(sizes=(16, 24))]
     masks = [np.random.default_rng(i).random(b.shape) < 0.6 for i, b in enumerate(x)]
     masks[0][:2] = False
-    new = en.recalibrate(bn, state, zip(x, masks, strict=True), quick_filter_jit(f))
+    new = en.recalibrate(bn, state, zip(x, masks, strict=True), eqx.filter_jit(f))
     assert_stats(bn.running_stats(new), *joined(x, masks), count=2, rtol=1e-6)
 
 
@@ -414,7 +414,7 @@ def test_groups(vmapped):
     batches = list(zip(x, masks, strict=True))
     if vmapped:
         batches = [(x[:, None], mask[:, None]) for x, mask in batches]
-    new = en.recalibrate(bn, state, batches, quick_filter_jit(f))
+    new = en.recalibrate(bn, state, batches, eqx.filter_jit(f))
     assert_stats(bn.running_stats(new), *joined(x, masks), count=2)
 
 
@@ -455,7 +455,7 @@ def test_traces_once_for_each_shape():
     bn, state = build()
     traces = []
 
-    @quick_filter_jit
+    @eqx.filter_jit
     def f(model, state, x):
         traces.append(x.shape)
         return model(x, state)
@@ -512,7 +512,7 @@ def other_state(model, state, x):
     return y, eqx.nn.make_with_state(en.BatchNorm)(4)[1]
 
 
-@quick_filter_jit
+@eqx.filter_jit
 def batched_state(model, state, x):
     return jax.vmap(model, (0, None), axis_name="batch")(x[:, None], state)
 

@@ -19,7 +19,6 @@ from .helpers import (
     elsewhere,
     normal,
     over,
-    quick_jit,
 )
 
 
@@ -51,7 +50,7 @@ def test_constant_rows_of_half_precision(case, dtype, epsilon):
     layer, _ = case.build(1000, epsilon=epsilon, use_scale=False)
     for value in (1.3, 100.3, 50000.0):
         x = jnp.full((2, 1000), value, dtype)
-        y = quick_jit(lambda x: layer(x))(x)
+        y = jax.jit(lambda x: layer(x))(x)
         assert (y == (0 if case.center else 1)).all(), value
 
 
@@ -66,7 +65,7 @@ def test_large_numbers_fit(case, size):
         magnitude = 1.5e19 if case.center or size > 256 else 1e18
         if dtype == jnp.bfloat16 and not case.center:
             magnitude = 1.8e19 / math.sqrt(size)
-        y = quick_jit(lambda x: layer(x))(jnp.asarray(magnitude * signs, dtype))
+        y = jax.jit(lambda x: layer(x))(jnp.asarray(magnitude * signs, dtype))
         np.testing.assert_allclose(y, signs, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5)
 
 
@@ -100,7 +99,7 @@ def test_derivatives_are_those_of_elsewhere(case, masked):
 
         def derivatives(args=args, tangents=tangents):
             gradient = jax.grad(loss, (0, 1, 2))
-            return quick_jit(lambda *args: jax.jvp(gradient, args, tangents))(*args)
+            return jax.jit(lambda *args: jax.jvp(gradient, args, tangents))(*args)
 
         here = derivatives()
         with elsewhere():

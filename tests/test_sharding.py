@@ -17,7 +17,6 @@ from .helpers import (
     clone,
     normal,
     over,
-    quick_filter_jit,
     randomize,
     step,
 )
@@ -94,7 +93,7 @@ def test_equals_one_device(case, of_x, of_params, of_y, axis_type):
     layer, state = case.build(SHAPE[-1])
     layer = randomize(layer)
     x, weights = 3 * normal(0, SHAPE) + 1, normal(1, SHAPE)
-    wanted = quick_filter_jit(run)(layer, state, x, weights)
+    wanted = eqx.filter_jit(run)(layer, state, x, weights)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     with jax.set_mesh(mesh):
         args = (
@@ -103,7 +102,7 @@ def test_equals_one_device(case, of_x, of_params, of_y, axis_type):
             put(x, of_x, mesh),
             put(weights, of_y, mesh),
         )
-        found = quick_filter_jit(run)(*args)
+        found = eqx.filter_jit(run)(*args)
     for one, other in zip(
         jax.tree.leaves(eqx.filter(found, eqx.is_array)),
         jax.tree.leaves(eqx.filter(wanted, eqx.is_array)),

@@ -21,7 +21,6 @@ from .helpers import (
     normal,
     over,
     plain,
-    quick_jit,
     reference,
     step,
 )
@@ -67,7 +66,7 @@ def test_far_and_near_features(case, features):
     """Each comes out right, whatever the others hold."""
     x = data(features)
     layer, state = case.build(8, epsilon=1e-6)
-    y = quick_jit(lambda x: call(layer, state, x))(x)
+    y = jax.jit(lambda x: call(layer, state, x))(x)
     check(case, y, np.asarray(x))
 
 
@@ -107,12 +106,12 @@ def test_vmap_leaves_one_branch(case):
     with elsewhere():
         assert count_branches(lambda x: f(x), near) == 0
     # Nor does one of these need what the others do.
-    vmapped = quick_jit(f)
+    vmapped = jax.jit(f)
     batched, state = case.build(8)
     for x in (near, far):
         np.testing.assert_allclose(
             vmapped(x),
-            quick_jit(lambda x: call(batched, state, x))(x),
+            jax.jit(lambda x: call(batched, state, x))(x),
             rtol=1e-5,
             atol=1e-6,
         )
@@ -149,7 +148,7 @@ def test_derivatives(case, kind):
 
     def derivatives(f):
         gradient = jax.grad(lambda x: jnp.sum(w * jnp.sin(f(x))))
-        return quick_jit(lambda x, t: jax.jvp(gradient, (x,), (t,)))(x, t)
+        return jax.jit(lambda x, t: jax.jvp(gradient, (x,), (t,)))(x, t)
 
     ours = derivatives(lambda x: call(layer, state, x))
     axes = case.reduction_axes(3)
