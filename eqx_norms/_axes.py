@@ -79,21 +79,12 @@ def is_sharded(x: Array, axes: Sequence[int]) -> bool:
     return any(spec[axis] is not None for axis in axes)
 
 
-def may_be_sharded(x: Array, axes: Sequence[int]) -> bool:
-    auto = AxisType.Auto in jax.typeof(x).sharding.mesh.axis_types
-    return auto or is_sharded(x, axes)
-
-
-def on_one_cpu(x: Array, axes: Sequence[int] | None = None) -> bool:
-    """Whether an array is on a CPU, and surely in one piece along these axes; by default
-    along all, those of a `vmap` too, which its type does not have."""
-    if axes is None:
-        kinds = jax.typeof(x).sharding.mesh.axis_types
-        split = any(kind != AxisType.Manual for kind in kinds)
-    else:
-        split = may_be_sharded(x, axes)
+def on_one_cpu(x: Array) -> bool:
+    """Whether an array is on a CPU, and surely in one piece, as none is on a mesh: along
+    the axis of a `vmap`, of which its type says nothing, it may be split as well."""
+    kinds = jax.typeof(x).sharding.mesh.axis_types
     return (
-        not split
+        all(kind == AxisType.Manual for kind in kinds)
         # To ask for the backend starts it, and whoever traces before may yet configure it.
         and backends_are_initialized()
         and jax.default_backend() == "cpu"

@@ -169,17 +169,18 @@ def _members(names: Names, groups: Groups | None, *, vmapped: bool) -> Members:
     if not names:
         return ALONE
     indices = tuple(lax.axis_index(name) for name in names)
-    sizes = tuple(lax.axis_size(name) for name in names)
+    kept = indices if vmapped else ()
+    size = math.prod(lax.axis_size(name) for name in names)
     if groups is None:
-        return Members(names, 1, math.prod(sizes), None, indices if vmapped else ())
-    (index,), (size,) = indices, sizes
+        return Members(names, 1, size, None, kept)
+    (index,) = indices
     group_of = np.empty(size, np.int32)
     for number, group in enumerate(groups):
         group_of[list(group)] = number
     if vmapped:
         index = _vmapped_index_p.bind(jnp.zeros((), index.dtype), index)
     group = jnp.asarray(group_of)[index]
-    return Members(names, len(groups), len(groups[0]), group, indices if vmapped else ())
+    return Members(names, len(groups), len(groups[0]), group, kept)
 
 
 def canonicalize_names(axis_name: AxisName, *, layer: str) -> Names | None:

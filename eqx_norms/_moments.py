@@ -181,8 +181,9 @@ class _Spec(NamedTuple):
 
 
 def _sums(spec, x, mask, shift, here):
-    trial = spec.center and shift is None  # What is too large is too far.
-    unit = 1.0 if trial else spec.reduction.unit(x, shift, here.size)
+    unit = spec.reduction.unit(x, shift, here.size)
+    if spec.center and shift is None:
+        unit = 1.0  # Sums about zero are for trial: what is too large is too far.
     d = counted(mask, spec.reduction.deviation(x, shift, None, unit))
     first = None
     if spec.center:

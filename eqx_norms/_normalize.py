@@ -200,8 +200,8 @@ _normalize_own = lean(
 # On a CPU, rows are done without the moments being kept. XLA does a whole forward or
 # backward pass over the last axis in one go, each row while it is at hand, if nothing else
 # is asked of it: not the moments, nor the sums over columns that scale and bias want, whose
-# pass finds the moments once more. Elsewhere, and where rows may be split over devices, to
-# have them again costs readings and communication.
+# pass finds the moments once more. Elsewhere, to have them again costs readings, and on a
+# mesh communication.
 
 
 def _apply_row(spec, x, mask, scale, bias):
@@ -234,8 +234,7 @@ def _in_rows(inputs: Inputs, reduction: Reduction) -> bool:
     """Whether to do so: for rows along which scale and bias vary, if there are any."""
     x, terms = inputs.x, (*inputs.scale, *inputs.bias)
     along = any(term.shape[axis] != 1 for term in terms for axis in reduction.axes)
-    rows = reduction.over_rows(x.ndim)
-    return rows and (along or not terms) and on_one_cpu(x, reduction.axes)
+    return reduction.over_rows(x.ndim) and (along or not terms) and on_one_cpu(x)
 
 
 def normalize(inputs: Inputs, m: Moments, *, epsilon: float) -> Array:

@@ -1,7 +1,8 @@
 """Speed, memory and size of each layer, beside those of other libraries.
 
     python -m tests.benchmarks [--layers LayerNorm,BatchNorm] [--quick] [--rounds N]
-                               [--json FILE] [--plot FILE] [--markdown] [--from FILE]
+                               [--mean M] [--json FILE] [--plot FILE] [--markdown]
+                               [--from FILE]
 
 It runs on JAX's default device, or with `--from` shows what an earlier run wrote. What is
 in the tables is said in `speed.py`, `memory.py`, `size.py` and `devices.py`.
@@ -57,6 +58,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
     parser.add_argument(
         "--rounds", type=positive, help="by default 15, or 7 if quick; fewer in slow cells"
+    )
+    parser.add_argument(
+        "--mean", type=float, default=0.0, help="of the input, in deviations; by default 0"
     )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="a PNG file")
@@ -243,7 +247,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"On {described['device']} ({described['platform']})", file=sys.stderr)
     rounds = arguments.rounds or (7 if quick else 15)
     cases = [case for case in speed.CASES if case.name in layers]
-    timed = speed.records(layers, rounds=rounds, quick=quick, track=track)
+    timed = speed.records(
+        layers, mean=arguments.mean, rounds=rounds, quick=quick, track=track
+    )
     return {
         "run": described,
         "memory": memory.records(cases, quick=quick),

@@ -186,10 +186,12 @@ def _torch_runners(cell: Cell, x: np.ndarray, dy: np.ndarray, device: str):
     return made
 
 
-def runners(cell: Cell) -> dict[str, dict[str, Runner]]:
-    """By library and pass, the copy of as many bytes as the input has among them."""
+def runners(cell: Cell, mean: float) -> dict[str, dict[str, Runner]]:
+    """By library and pass, the copy of as many bytes as the input has among them. The
+    input is normally distributed, of that mean and deviation one."""
     rng = np.random.default_rng(0)
     data, cotangent = (rng.standard_normal(cell.shape, np.float32) for _ in range(2))
+    data += mean
     x, dy = (jnp.asarray(array, cell.dtype) for array in (data, cotangent))
     layers = available(cell.case, cell.num_features, cell.dtype, cell.layout)
     per_example = ours(
@@ -269,11 +271,16 @@ def compare(times: Mapping[str, Any], copy: Any, copies: int) -> dict[str, dict[
 
 
 def records(
-    layers: Iterable[str], *, rounds: int, quick: bool, track: Callable[..., Iterable[Cell]]
+    layers: Iterable[str],
+    *,
+    mean: float,
+    rounds: int,
+    quick: bool,
+    track: Callable[..., Iterable[Cell]],
 ) -> Iterator[dict[str, Any]]:
     """One for each cell and pass, fit for JSON."""
     for cell in track(list(cells(layers, quick=quick)), "speed"):
-        times = measure(runners(cell), rounds=rounds, seconds=0.3 if quick else 8.0)
+        times = measure(runners(cell, mean), rounds=rounds, seconds=0.3 if quick else 8.0)
         copy = times.pop("copy")["forward"]
         nbytes = math.prod(cell.shape) * jnp.dtype(cell.dtype).itemsize
         for name, copies in PASSES.items():
