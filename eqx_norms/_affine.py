@@ -54,6 +54,11 @@ def _init(
 ) -> Array | None:
     if init is None:
         return None
+    if not callable(init):
+        raise ValueError(
+            f"{layer}: `{argument}` must be a function `(key, shape, dtype) -> array`, as "
+            f"in `jax.nn.initializers`, got one of type {type(init).__name__}."
+        )
     try:
         value = jnp.asarray(init(key, shape, dtype))
     except Exception as error:

@@ -45,7 +45,8 @@ class BatchNorm(AbstractNorm, StatefulLayer):
     in for the expectations.
 
     Take a batched array, or one example inside a `jax.vmap` that binds `axis_name`: the two
-    are the same.
+    are the same. Make a whole model and its state with one `equinox.nn.make_with_state`:
+    layers that are made apart do not know their states apart.
 
     !!! example
 
@@ -116,7 +117,9 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         - `bias_init`, `scale_init`: functions `(key, shape, dtype) -> array` that make
             them, as in `jax.nn.initializers`.
         - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap`
-            or `jax.shard_map` that the statistics are taken over too.
+            or `jax.shard_map` that the statistics are taken over too. Without it each
+            example of a `vmap` has statistics of its own, and JAX refuses `out_axes=None`
+            for the state, "output was batched".
         - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of
             equal size and together all of them: each group is normalised with statistics of
             its own, and the running statistics take the average over the groups, weighted
@@ -125,11 +128,10 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             variance about $(\\text{shift} - \\text{mean})^2 / \\text{Var}$ roundings.
             If `False`, by its mean: nothing is lost. If `True`, by less where the mean
             would cost another reading or communication: on one CPU by nothing, but by the
-            mean once that is found to be more than four deviations from zero; elsewhere by
+            mean once that is found to be more than two deviations from zero; elsewhere by
             the median of the first, middle and last position, unless there is a `mask` or
             a vmapped `axis_name`, or the last axes are those averaged over. Between devices
-            it is the running mean, and only the variance of their means about each other is
-            lost.
+            it is the running mean, or as on one CPU the mean of the batch.
         - `use_unbiased_variance`: whether the running variance is of the sample, divided
             by one less than the positions counted, as in PyTorch. The batch itself is
             normalised with the biased one either way.
@@ -199,7 +201,9 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         """
         del key
         name = type(self).__name__
-        running = get_stats(state, self.state_index, self._features(), layer=name)
+        running = get_stats(
+            state, self.state_index, self._features(), self.axis, layer=name
+        )
         inputs = self._prepare(
             x,
             mask,

@@ -1,8 +1,11 @@
+import math
+
 import equinox as eqx
 import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 from jaxtyping import PRNGKeyArray
 
+from ._affine import check_num_features
 from ._axes import canonicalize_axes, check_axes, check_integers, example_axes
 from ._layer import AbstractExampleNorm
 from ._moments import Reduction
@@ -94,10 +97,10 @@ class GroupNorm(AbstractExampleNorm):
             variance about $(\\text{shift} - \\text{mean})^2 / \\text{Var}$ roundings.
             If `False`, by its mean: nothing is lost. If `True`, by less where the mean
             would cost another reading or communication: on one CPU by nothing, but by the
-            mean once that is found to be more than four deviations from zero; elsewhere by
+            mean once that is found to be more than two deviations from zero; elsewhere by
             the median of the first, middle and last position, unless there is a `mask` or
             a vmapped `axis_name`, or the last axes are those averaged over. Between devices
-            it is zero, and only the variance of their means about each other is lost.
+            it is zero, or as on one CPU the mean.
         - `scale_offset`: added to the scale, the layer's or that of the call, in the
             precision of the statistics. Without either there is no scale.
         - `key`: a `jax.random` key for the initializers, if they need one.
@@ -107,6 +110,7 @@ class GroupNorm(AbstractExampleNorm):
         `ValueError` where one of these is not as described.
         """
         name = type(self).__name__
+        (size,) = check_num_features(num_features, (feature_axis,), layer=name)
         if (num_groups is None) == (group_size is None):
             raise ValueError(
                 f"{name}: give `num_groups`, or `group_size` and `num_groups=None`, got "
@@ -117,12 +121,13 @@ class GroupNorm(AbstractExampleNorm):
         else:
             assert group_size is not None
             (divisor,) = check_integers(group_size, layer=name, argument="group_size")
-        if divisor < 1 or num_features % divisor:
+        if divisor < 1 or size % divisor:
             raise ValueError(
                 f"{name}: `num_features={num_features}` cannot be divided evenly by "
-                f"`num_groups={num_groups}`, `group_size={group_size}`."
+                f"`num_groups={num_groups}`, `group_size={group_size}`. Give a positive "
+                f"number that divides it, {math.gcd(size, divisor)} for example."
             )
-        self.num_groups = num_features // divisor if num_groups is None else num_groups
+        self.num_groups = size // divisor if num_groups is None else divisor
         self.reduction_axes = (
             None
             if reduction_axes is None

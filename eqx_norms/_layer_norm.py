@@ -80,10 +80,10 @@ class LayerNorm(AbstractExampleNorm):
             variance about $(\\text{shift} - \\text{mean})^2 / \\text{Var}$ roundings.
             If `False`, by its mean: nothing is lost. If `True`, by less where the mean
             would cost another reading or communication: on one CPU by nothing, but by the
-            mean once that is found to be more than four deviations from zero; elsewhere by
+            mean once that is found to be more than two deviations from zero; elsewhere by
             the median of the first, middle and last position, unless there is a `mask` or
             a vmapped `axis_name`, or the last axes are those averaged over. Between devices
-            it is zero, and only the variance of their means about each other is lost.
+            it is zero, or as on one CPU the mean.
         - `scale_offset`: added to the scale, the layer's or that of the call, in the
             precision of the statistics. Without either there is no scale.
         - `key`: a `jax.random` key for the initializers, if they need one.

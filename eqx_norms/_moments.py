@@ -10,8 +10,9 @@ The closer the shift to the mean, the less cancels: the variance is good to abou
 everything once the mean is a few thousand deviations; with s the mean itself, the second
 terms only correct its rounding. What the layers offer is how s is found:
 
-- `fast`: a guess, so that the data is read, and communicated, once. On one CPU that is
-  zero, until it shows to be too far; then the mean;
+- `fast`: a guess, so that the data is read, and communicated, once. On one CPU and
+  between devices that is zero, or what is known from before, until it shows to be too far;
+  then the mean;
 - otherwise: the mean, which costs one more reading, and communication.
 
 The mean is handed on as the pair (shift, offset), to be subtracted one after the other:
@@ -111,9 +112,9 @@ class Reduction(NamedTuple):
         room = limits.maxexp - 2 * math.log2(largest)
         if shift is None:
             room = math.inf if x.dtype.itemsize == 2 else room + 8
-        if math.log2(size) <= room:
-            return 1.0
-        return 2.0 ** -math.ceil(math.log2(size) / 2)
+        # `jax.export` has sizes that are not yet known.
+        bits = math.log2(size) if isinstance(size, int) else 32
+        return 1.0 if bits <= room else 2.0 ** -math.ceil(bits / 2)
 
     def row_unit(self, x: Array, shift: Array | None) -> float:
         """For what is not squared: the same for rows, where deviations are at hand from the
@@ -261,8 +262,15 @@ def per_counted(weight: Array | None, mean: Any) -> Any:
     return mean / jnp.where(weight > 0, weight, 1).astype(mean.dtype)
 
 
-# How many times its variance the square of a mean may be, for data to be near zero.
-_NEAR = 16
+# How many times its variance the square of a mean may be, for data to be near what their
+# sums are about.
+_NEAR = 4
+
+
+def _is_near(first: Array, second: Array) -> Array:
+    """Whether data is, by the means of deviations and of their squares."""
+    # If all are zero, as a rectifier may leave them, they are.
+    return ((1 + _NEAR) * abs_square(first) <= _NEAR * second) & jnp.isfinite(second)
 
 
 def _about_zero(spec, x, mask, weight, here):
@@ -270,8 +278,7 @@ def _about_zero(spec, x, mask, weight, here):
     the mean. And which are near, with their sums about zero."""
     sums = _block_sums(spec, x, mask, None, here, None)
     first, second = (per_counted(weight, mean) for mean in sums)
-    # Nothing but zeros, as a rectifier may leave, are near.
-    near = ((1 + _NEAR) * abs_square(first) <= _NEAR * second) & jnp.isfinite(second)
+    near = _is_near(first, second)
     return jnp.where(near, 0, first), (near, *sums)
 
 
@@ -348,16 +355,23 @@ def moments(
     else:
         shifts, _ = _pool(elsewhere, own.weight, own.mean)
     shifts = lax.stop_gradient(shifts)
-    # The difference of two near means is exact; adding the offset first is not.
-    delta = (own.shift - elsewhere.own(shifts)) + own.offset
-    first, second, var, weight = _pool(
-        elsewhere, own.weight, delta, abs_square(delta), own.var
-    )
-    square = abs_square(first)
-    between = jnp.maximum(second - square, 0)
-    # What is left after cancelling down to the last roundings is nothing but these.
-    rounding = 4 * jnp.finfo(between.dtype).eps * square
-    var = var + jnp.where(between <= rounding, 0, between)
+
+    def deltas(shifts):
+        # The difference of two near means is exact; adding the offset first is not.
+        delta = (own.shift - elsewhere.own(shifts)) + own.offset
+        return delta, abs_square(delta)
+
+    first, second, var, weight = _pool(elsewhere, own.weight, *deltas(shifts), own.var)
+    if fast:
+        near = lax.stop_gradient(_is_near(first, second + var))
+        shifts = jnp.where(near, shifts, shifts + lax.stop_gradient(first))
+
+        def anew():
+            *sums, _ = _pool(elsewhere, own.weight, *deltas(shifts))
+            return jax.tree.map(functools.partial(jnp.where, near), [first, second], sums)
+
+        first, second = lax.cond(everywhere(near), lambda: [first, second], anew)
+    var = var + jnp.maximum(second - abs_square(first), 0)
     rows = Moments(shifts, first, var, weight)
     return jax.tree.map(elsewhere.own, rows), rows
 

@@ -1,6 +1,5 @@
 """`(x - mean) / sqrt(var + epsilon) * scale + bias`: the library's only normalisation."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -63,15 +62,10 @@ def _deviation(spec, x, mask, m):
     return jnp.where(valid, d, zero), inverse, valid
 
 
-def _varies_as(term: Array, statistic: Array) -> bool:
-    """Whether a term varies along no axis but those that the statistic varies along."""
-    sizes = zip(term.shape, statistic.shape, strict=True)
-    return all(own == 1 or other > 1 for own, other in sizes)
-
-
-def _folds(a: Array, b: Array) -> bool:
-    """Whether a product is no larger than its factors, and so better formed first."""
-    return math.prod(np.broadcast_shapes(a.shape, b.shape)) <= max(a.size, b.size)
+def _varies_as(a: Array, b: Array) -> bool:
+    """Whether the one varies along no axis but those that the other varies along."""
+    sizes = zip(a.shape, b.shape, strict=True)
+    return all(own == 1 or other != 1 for own, other in sizes)
 
 
 def _times(a: Array | None, b: Array | None) -> Array | None:
@@ -124,7 +118,8 @@ def _apply_tangent(spec, x, mask, scale, m, dx, dscale, dbias, dmean, dvar):
     dmean, dvar = jax.tree.map(lambda s: spec.reduction.spread(s, x), (dmean, dvar))
     slope = _times(dvar, -inverse * inverse / 2)
     level = _times(dmean, -inverse)
-    if scale is None or _folds(inverse, scale):
+    # A product no larger than its factors is better formed first.
+    if scale is None or _varies_as(inverse, scale) or _varies_as(scale, inverse):
         factor = inverse
         if scale is not None:
             factor, slope, level = (

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Inexact, Int
 
 from ._axes import from_features, shard_like
-from ._dtypes import cast, promote, real_dtype
+from ._dtypes import cast, check_number, promote, real_dtype
 from ._moments import Moments, abs_square, over_groups
 from ._state import get_state
 from ._types import DTypeLike, Shape
@@ -59,23 +59,39 @@ def init_stats(shape: Shape, param_dtype: DTypeLike) -> StateIndex[RunningStats]
 
 
 def check_momentum(momentum: float | None, *, layer: str) -> float | None:
-    if momentum is not None and not 0 <= momentum <= 1:
+    if momentum is None:
+        return None
+    momentum = check_number(momentum, layer=layer, argument="momentum")
+    if not 0 <= momentum <= 1:
         raise ValueError(
             f"{layer}: `momentum` is the weight of the old running statistics, from 0 to "
             f"1, or `None` for the average over all batches, got {momentum}."
         )
-    return None if momentum is None else float(momentum)
+    return momentum
 
 
 def get_stats(
-    state: State, index: StateIndex[Stats], features: Shape | None, *, layer: str
+    state: State,
+    index: StateIndex[Stats],
+    features: Shape | None,
+    feature_axes: tuple[int, ...],
+    *,
+    layer: str,
 ) -> Stats:
     """The running statistics in `state`, for features of this shape if it is known."""
     stats = get_state(state, index, layer=layer)
-    if features is not None and stats.mean.shape != features:
+    received = stats.mean.shape
+    if features is None:
+        wanted, fits = (
+            f"one of length {len(feature_axes)}",
+            len(received) == len(feature_axes),
+        )
+    else:
+        wanted, fits = features, received == features
+    if not fits:
         raise ValueError(
-            f"{layer}: the running statistics in `state` have shape {stats.mean.shape}, "
-            f"the layer's features {features}. Was `state` made for another model, or left "
+            f"{layer}: the running statistics in `state` have shape {received}, the "
+            f"layer's features {wanted}. Was `state` made for another model, or left "
             "out of the axes of a `vmap`? Write `jax.vmap(model, in_axes=(0, None), "
             "out_axes=(0, None), axis_name=...)(x, state)`."
         )

@@ -28,7 +28,9 @@ def needs_state(call: Callable[P, T]) -> Callable[P, T]:
 
 def _check_state(state: Any, *, layer: str) -> None:
     if not isinstance(state, State):
-        received = "none" if state is None else f"one of type {type(state).__name__}"
+        # `equinox.nn.Sequential` passes an `object()` where it was given none.
+        none = state is None or type(state) is object
+        received = "none" if none else f"one of type {type(state).__name__}"
         raise ValueError(
             f"{layer}: needs the model's `equinox.nn.State` as its second argument, got "
             f"{received}. Make both with `model, state = "

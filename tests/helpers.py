@@ -1,6 +1,7 @@
 """The table of layers that drives each battery, and what the tests have in common."""
 
 import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -361,8 +362,23 @@ def bytes_kept(f: Callable[..., Any], *args: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())
 
 
-def count_in_hlo(f: Callable[..., Any], *args: Any, op: str = "all-reduce") -> int:
-    """How often an operation stands in the compiled program."""
+def hlo(f: Callable[..., Any], *args: Any) -> tuple[str, str]:
+    """The compiled program: what runs whatever the data, and branches of conditionals."""
     text = jax.jit(f).lower(*args).compile().as_text()
     assert text is not None
+    branch = r"(?:true_computation=|false_computation=|branch_computations=\{)([^}\n]*)"
+    named = set(re.findall(r"%([\w.-]+)", " ".join(re.findall(branch, text))))
+    parts = ["", ""]
+    for computation in text.split("\n\n"):
+        name = computation.strip().partition(" ")[0].removeprefix("%")
+        parts[name in named] += computation
+    return parts[0], parts[1]
+
+
+def count(text: str, op: str = "all-reduce") -> int:
     return text.count(f" {op}(") + text.count(f" {op}-start(")
+
+
+def count_in_hlo(f: Callable[..., Any], *args: Any) -> int:
+    """How many all-reduces run in the compiled program, whatever the data."""
+    return count(hlo(f, *args)[0])

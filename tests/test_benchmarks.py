@@ -197,6 +197,25 @@ def test_all_libraries_compute_the_same(cell):
         np.testing.assert_allclose(dx, gradient, rtol=0, atol=tolerance, err_msg=library)
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--from", "missing.json"], "there is no file missing.json"),
+        (
+            ["--from", __file__, "--mean", "3"],
+            "--mean: what --from reads has been measured",
+        ),
+        (["--json", "missing/a.json"], "there is no folder for missing/a.json"),
+        (["--plot", "a.txt"], "--plot writes a PNG file, and a.txt is none"),
+    ],
+    ids=["from", "mean", "json", "plot"],
+)
+def test_what_cannot_be_done_is_said_at_once(argv, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.parse(argv)
+    assert message in capsys.readouterr().err
+
+
 def test_layouts_are_known():
     assert {cell.layout for cell in speed.cells(ALL, quick=False)} == set(LAYOUTS)
 

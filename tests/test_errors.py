@@ -82,6 +82,14 @@ TABLE = [
     Bad("negative epsilon", ALL, {"epsilon": -1e-5}, EPSILON + "-1e-05"),
     Bad("nan epsilon", ALL, {"epsilon": float("nan")}, EPSILON + "nan"),
     Bad("infinite epsilon", ALL, {"epsilon": float("inf")}, EPSILON + "inf"),
+    Bad(
+        "epsilon as text", ALL, {"epsilon": "1e-5"},
+        "`epsilon` must be a number, got '1e-5'", typed=True,
+    ),
+    Bad(
+        "momentum as text", BATCH, {"momentum": "0.9"},
+        "`momentum` must be a number, got '0.9'", typed=True,
+    ),
     Bad("negative momentum", BATCH, {"momentum": -0.1}, MOMENTUM + r".*got -0\.1"),
     Bad("big momentum", BATCH, {"momentum": 1.5}, MOMENTUM + r".*got 1\.5"),
     Bad("nan momentum", BATCH, {"momentum": float("nan")}, MOMENTUM + ".*got nan"),
@@ -108,12 +116,29 @@ TABLE = [
         "a name that cannot be hashed", ALL, {"axis_name": {}},
         "`axis_name` must be a name, which can be hashed, .*got {}", typed=True,
     ),
+    Bad(
+        "groups of text", ("GroupNorm",), {},
+        "`num_features` must be an integer, .*got '3'", num_features="3", typed=True,
+    ),
+    Bad(
+        "an array for an initializer", ALL, {"scale_init": X[0]},
+        r"`scale_init` must be a function `\(key, shape, dtype\) -> array`.*type ndarray",
+        typed=True,
+    ),
     Bad("short scale", ALL, {"scale_init": short}, f"`scale_init` {SHAPES}.*2"),
     Bad("short bias", BIASED, {"bias_init": short}, f"`bias_init` {SHAPES}.*2"),
     Bad("half scale", ALL, {"scale_init": half}, f"`scale_init` {SHAPES}.*float16"),
     Bad("no key", ALL, {"scale_init": noise}, "`scale_init` " + KEY),
     Bad("no key", BIASED, {"bias_init": noise}, "`bias_init` " + KEY),
     Bad("integer dtype", ALL, {"dtype": np.int32}, "`dtype` must be a floating or complex"),
+    Bad(
+        "unknown dtype", ALL, {"dtype": "float31"},
+        "`dtype` must be a floating or complex dtype, got 'float31'",
+    ),
+    Bad(
+        "no param_dtype", ALL, {"param_dtype": None},
+        "`param_dtype` must be a floating or complex dtype, got None",
+    ),
     Bad(
         "integer param_dtype", ALL, {"param_dtype": np.int32},
         "`param_dtype` must be a floating or complex",

@@ -102,6 +102,15 @@ def groups_that_do_not_divide():
     en.GroupNorm(48)
 
 
+def state_of_a_layer_without_parameters_left_out_of_out_axes():
+    norm, state = eqx.nn.make_with_state(en.BatchNorm)(
+        3, axis_name="batch", use_scale=False, use_bias=False
+    )
+    batched = jax.vmap(norm, in_axes=(0, None), axis_name="batch")
+    _, state = batched(X, state)
+    batched(X, state)
+
+
 def torch_momentum():
     en.BatchNorm(3, momentum=1.1)
 
@@ -182,7 +191,18 @@ MISTAKES = [
         r"For a single example use `batch_axes=\(\)`",
         None,
     ),
-    (groups_that_do_not_divide, ValueError, "`num_features=48` cannot be divided", None),
+    (
+        groups_that_do_not_divide,
+        ValueError,
+        "`num_features=48` cannot be divided.* that divides it, 16 for example",
+        None,
+    ),
+    (
+        state_of_a_layer_without_parameters_left_out_of_out_axes,
+        ValueError,
+        r"have shape \(5, 3\), the layer's features one of length 1.*`out_axes|of a `vmap`",
+        None,
+    ),
     (torch_momentum, ValueError, "the weight of the old running statistics, from 0", None),
     (flax_rngs, TypeError, "unexpected keyword argument 'rngs'", None),
     (

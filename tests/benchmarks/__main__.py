@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks [--layers LayerNorm,BatchNorm] [--quick] [--rounds N]
                                [--mean M] [--json FILE] [--plot FILE] [--markdown]
-                               [--from FILE]
+                               [--from FILE] [--fresh-memory]
 
 It runs on JAX's default device, or with `--from` shows what an earlier run wrote. What is
 in the tables is said in `speed.py`, `memory.py`, `size.py` and `devices.py`.
@@ -60,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--rounds", type=positive, help="by default 15, or 7 if quick; fewer in slow cells"
     )
     parser.add_argument(
-        "--mean", type=float, default=0.0, help="of the input, in deviations; by default 0"
+        "--mean", type=float, help="of the input, in deviations; by default 0"
     )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="a PNG file")
@@ -71,7 +71,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fresh-memory", action="store_true", help="leave the C library's memory alone"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    source = arguments.source
+    if source is not None and not source.is_file():
+        parser.error(f"--from: there is no file {source}")
+    if source is not None and arguments.mean is not None:
+        parser.error("--mean: what --from reads has been measured")
+    for path in (arguments.json, arguments.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"there is no folder for {path}")
+    if arguments.plot is not None and arguments.plot.suffix != ".png":
+        parser.error(f"--plot writes a PNG file, and {arguments.plot} is none")
+    return arguments
 
 
 def processor() -> str:
@@ -189,7 +200,8 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
     versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items() if v)
     figure.suptitle(
         f"Time in units of the floor (line: input read once, output written once)\n"
-        f"{run['device']}, {run['threads']} threads, {versions}, {run['date'][:10]}"
+        f"{run['device']}, {run['threads']} threads, {versions}, {run['date'][:10]}\n"
+        f"{run['command']}"
     )
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
@@ -197,9 +209,13 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
 
 
 LEGEND = """
-both: forward and backward. vmap: eqx_norms, one example inside `jax.vmap`. a / JAX: to the
-faster of Flax and Equinox, with half the interquartile range. of bandwidth: what eqx_norms
-reaches of that of a copy.
+The floor is as many copies as the pass reads and writes arrays of the input's size. both:
+forward and backward. vmap: eqx_norms, one example inside `jax.vmap`. a / JAX: to the faster
+of Flax and Equinox, with half the interquartile range. of bandwidth: what eqx_norms reaches
+of that of a copy. N: batch, C: features, H and W: space.
+
+Memory: kept by one layer for the backward pass, and of the compiled gradient of twelve
+blocks, scanned and unrolled.
 """
 
 
@@ -220,7 +236,8 @@ def report(results: dict[str, Any], *, markdown: bool) -> None:
         print(f"{title}: left out, {results['all_reduces']}")
     else:
         show_records(title, results["all_reduces"], text=2, markdown=markdown)
-    print(f"\n{run['device']} ({run['platform']}), {run['threads']} threads, {run['date']}")
+    print(f"\n{run['command']}")
+    print(f"{run['device']} ({run['platform']}), {run['threads']} threads, {run['date']}")
     print(", ".join(f"{k} {v}" for k, v in run["versions"].items() if v))
     if run["torch_device"] is None:
         print("PyTorch is not installed, or not for this device: left out")
@@ -248,7 +265,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rounds = arguments.rounds or (7 if quick else 15)
     cases = [case for case in speed.CASES if case.name in layers]
     timed = speed.records(
-        layers, mean=arguments.mean, rounds=rounds, quick=quick, track=track
+        layers, mean=arguments.mean or 0.0, rounds=rounds, quick=quick, track=track
     )
     return {
         "run": described,

@@ -4,7 +4,8 @@ They are virtual devices of the CPU, whatever else there is.
 
 Batch norm in training over eight devices, with a mask that counts a different number of
 positions on each, or besides none on one of them: the largest error of the output, where
-it is counted, against float64 on all the data at once. Whether it runs inside
+it is counted, against float64 on all the data at once; the same for data far from zero, all
+of which is counted. Whether it runs inside
 `jax.shard_map` with its default checks, one example at a time. And how many all-reduces
 stand in the compiled forward and backward pass.
 
@@ -44,6 +45,7 @@ MESH = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
 X = 1 + 3 * jax.random.normal(jax.random.key(0), (64, 32))
 COUNTS = jnp.arange(8)
 UNEQUAL = (jnp.arange(8)[None] <= COUNTS[:, None]).reshape(64, 1)
+EVERY = jnp.ones((64, 1), bool)
 EMPTY = (jnp.arange(8)[None] < COUNTS[:, None]).reshape(64, 1)
 
 
@@ -141,9 +143,9 @@ def main() -> None:
         print(json.dumps(count_all(layers.split(","))))
         return
 
-    def error(layer, mask):
-        expected, _, _ = reference(X, (0,), epsilon=1e-5, mask=mask)
-        y = np.asarray(mapped(layer, 2)(X, mask), np.float64)
+    def error(layer, mask, x=X):
+        expected, _, _ = reference(x, (0,), epsilon=1e-5, mask=mask)
+        y = np.asarray(mapped(layer, 2)(x, mask), np.float64)
         return f"{np.max(np.abs(y - expected)[np.asarray(mask)[:, 0]]):.1e}"
 
     def all_reduces(layer):
@@ -168,6 +170,11 @@ def main() -> None:
             attempt(lambda: error(ours("devices"), EMPTY)),
             attempt(lambda: error(flax(), EMPTY)),
             "no mask",
+        ],
+        "error, a mean of 3000": [
+            attempt(lambda: error(ours("devices"), EVERY, 2999 + X)),
+            attempt(lambda: error(flax(), EVERY, 2999 + X)),
+            "not its way",
         ],
         "error, one example at a time": [
             attempt(lambda: per_example(lambda x: ours(both)(x, None))),
