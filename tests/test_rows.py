@@ -83,6 +83,20 @@ assert jax.device_count() == 3
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_without_what_is_private_in_jax():
+    script = """
+import jax._src.xla_bridge
+del jax._src.xla_bridge.backends_are_initialized
+
+import jax, jax.numpy as jnp
+import eqx_norms as en
+
+x = jax.ShapeDtypeStruct((2, 8), jnp.float32)
+assert jax.eval_shape(en.RMSNorm(8, use_scale=False), x).shape == (2, 8)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @row_layers
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_derivatives_are_those_of_elsewhere(case, masked):
