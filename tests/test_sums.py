@@ -55,8 +55,8 @@ def count_branches(f, *args):
 
 def check(case, y, x):
     expected, _, _ = reference(x, case.reduction_axes(x.ndim), **case.formula, epsilon=1e-6)
-    # The square of a mean at four deviations is 16 times the variance.
-    limit = (16 + 8) * 2.0**-24 * np.abs(expected).max()
+    # The square of a mean at two deviations is 4 times the variance.
+    limit = (4 + 16) * 2.0**-24 * np.abs(expected).max()
     np.testing.assert_allclose(y, expected, rtol=0, atol=limit)
 
 
