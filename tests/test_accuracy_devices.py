@@ -65,7 +65,7 @@ def far(kind, levels, mean, *, steps=1, **kwargs):
 @pytest.mark.parametrize("levels", DEVICES)
 @pytest.mark.parametrize("kind", ["BatchNorm", "LayerNorm"])
 def test_from_the_first_step(kind, levels, fast):
-    for mean in (1e2, 1e4, 1e6):
+    for mean in (1e3, 1e6):
         assert far(kind, levels, mean, use_fast_variance=fast) < 2e-6, mean
 
 

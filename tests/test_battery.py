@@ -428,9 +428,8 @@ def test_export_with_symbolic_sizes(case):
     sizes = jax.ShapeDtypeStruct(export.symbolic_shape("b, h, w, 8"), jnp.float32)
     for f in (lambda x: call(layer, state, x), gradient):
         exported = export.export(jax.jit(f))(sizes)
-        for shape in ((2, 3, 4, 8), (3, 5, 2, 8)):
-            x = 2 + normal(0, shape)
-            assert_close(exported.call(x), f(x), 1e-5)
+        x = 2 + normal(0, (2, 3, 4, 8))
+        assert_close(exported.call(x), f(x), 1e-5)
 
 
 @all_layers
