@@ -17,7 +17,6 @@ AS_FOR_USERS = {
     "test_cost",
     "test_documents",
     "test_memory",
-    "test_rms_norm",
     "test_rows",
     "test_sums",
     "test_train_digits",
