@@ -22,6 +22,7 @@ the standard deviation.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -194,14 +195,19 @@ def _sums(spec, x, mask, shift, here):
     return first, second / unit**2
 
 
+def _where_far(near: Array, found: Any, anew: Callable[[], Any]) -> Any:
+    """What was found, but anew where it is of no use. Those that are near keep theirs to
+    the bit, whatever the others hold; if all are, nothing is done anew."""
+
+    def mixed():
+        return jax.tree.map(functools.partial(jnp.where, near), found, anew())
+
+    return lax.cond(everywhere(near), lambda: found, mixed)
+
+
 @functools.partial(jax.jit, static_argnums=0)  # else traced anew at each call outside one
 def _sums_where_far(spec, x, mask, shift, here, near, *found):
-    def anew():
-        # Those that are near keep theirs to the bit, whatever the others hold.
-        sums: Any = _sums(spec, x, mask, shift, here)
-        return jax.tree.map(functools.partial(jnp.where, near), found, sums)
-
-    return lax.cond(everywhere(near), lambda: found, anew)
+    return _where_far(near, found, lambda: _sums(spec, x, mask, shift, here))
 
 
 def _sums_unless_found(spec, x, mask, shift, here, found):
@@ -367,10 +373,10 @@ def moments(
         shifts = jnp.where(near, shifts, shifts + lax.stop_gradient(first))
 
         def anew():
-            *sums, _ = _pool(elsewhere, own.weight, *deltas(shifts))
-            return jax.tree.map(functools.partial(jnp.where, near), [first, second], sums)
+            first, second, _ = _pool(elsewhere, own.weight, *deltas(shifts))
+            return first, second
 
-        first, second = lax.cond(everywhere(near), lambda: [first, second], anew)
+        first, second = _where_far(near, (first, second), anew)
     var = var + jnp.maximum(second - abs_square(first), 0)
     rows = Moments(shifts, first, var, weight)
     return jax.tree.map(elsewhere.own, rows), rows
