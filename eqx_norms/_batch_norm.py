@@ -1,4 +1,3 @@
-import math
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -8,21 +7,13 @@ from equinox.nn import State, StatefulLayer, StateIndex
 from jax.nn.initializers import ones, zeros
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
-from ._axes import check_axes, other_axes, to_features
-from ._collectives import bound_members
-from ._dtypes import cast, real_dtype
+from ._axes import other_axes
+from ._checks import check_axes, check_momentum
+from ._collectives import ALONE, bound_members
 from ._layer import AbstractNorm
-from ._moments import Moments, Reduction
-from ._normalize import normalize, standardize_batch
-from ._running import (
-    PooledStats,
-    RunningStats,
-    check_momentum,
-    get_stats,
-    init_stats,
-    update,
-)
+from ._running import RunningStats, Step, get_stats, init_stats, update
 from ._state import get_state, needs_state, set_state
+from ._statistics import Moments, Reduction
 from ._trees import find_nodes, map_nodes
 from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 
@@ -75,6 +66,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
     axis: tuple[int, ...] = eqx.field(static=True)
     momentum: float | None = eqx.field(static=True)
     use_unbiased_variance: bool = eqx.field(static=True, default=False, kw_only=True)
+    debias: bool = eqx.field(static=True, default=False, kw_only=True)
     frozen: bool = eqx.field(default=False, kw_only=True)
 
     def __init__(
@@ -95,6 +87,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         axis_index_groups: AxisIndexGroups = None,
         use_fast_variance: bool = True,
         use_unbiased_variance: bool = False,
+        debias: bool = False,
         scale_offset: float = 0.0,
         key: PRNGKeyArray | None = None,
     ):
@@ -164,6 +157,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         self.inference = use_running_average
         self.frozen = False
         self.use_unbiased_variance = use_unbiased_variance
+        self.debias = debias
 
     @needs_state
     @jax.named_scope("eqx_norms.BatchNorm")
@@ -204,25 +198,13 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         running = get_stats(
             state, self.state_index, self._features(), self.axis, layer=name
         )
-        inputs = self._prepare(
-            x,
-            mask,
-            scale,
-            bias,
-            features=running.mean.shape,
-            feature_axes=self.axis,
-            argument="axis",
-        )
+        inputs = self._inputs(x, mask, scale, bias, running.mean.shape)
         axes = inputs.feature_axes
-        mean, var = (to_features(a, axes, inputs.x) for a in (running.mean, running.var))
-        # The statistics may be of another width than what is computed in.
-        mean = cast(mean, inputs.compute_dtype)
-        var = cast(var, real_dtype(inputs.compute_dtype))
         if self.frozen or (
             self.inference if use_running_average is None else use_running_average
         ):
-            moments = Moments(mean, None, var, None)
-            return normalize(inputs, moments, epsilon=self.epsilon), state
+            given = Moments(running.mean, running.var)
+            return self._normalize(inputs, Reduction(()), ALONE, given)[0], state
 
         members = bound_members(self.axis_name, self.axis_index_groups, layer=name)
         if jnp.iscomplexobj(inputs.x) and not jnp.iscomplexobj(running.mean):
@@ -231,7 +213,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
                 f"that of complex input of dtype {inputs.x.dtype}. Give the layer a "
                 "complex `param_dtype`."
             )
-        reduction = Reduction(other_axes(axes, inputs.x.ndim), inputs.compute_dtype)
+        reduction = Reduction(other_axes(axes, inputs.x.ndim))
         if not reduction.axes and self.axis_name is None:
             raise ValueError(
                 f"{name}: an input of shape {inputs.x.shape} with features along "
@@ -239,24 +221,20 @@ class BatchNorm(AbstractNorm, StatefulLayer):
                 "or, for one example inside `jax.vmap(..., axis_name='batch')`, make the "
                 "layer with `axis_name='batch'`."
             )
-        y, rows = standardize_batch(
-            inputs,
-            reduction,
-            members,
-            epsilon=self.epsilon,
-            # What is pooled is to be exact, whatever was known of its mean before.
-            fast=self.use_fast_variance and not isinstance(running, PooledStats),
-            origin=mean,
-        )
-        running = update(
-            running,
-            rows,
-            axes,
-            size=reduction.size(inputs.x.shape) * math.prod(m.size for m in members),
+        y, rows = self._normalize(inputs, reduction, members)
+        step = Step(
+            feature_axes=axes,
+            size=reduction.size(inputs.x.shape) * members.size,
+            grouped=self.axis_index_groups is not None,
             momentum=self.momentum,
             unbiased=self.use_unbiased_variance,
+            debias=self.debias,
         )
+        running = update(step, running, rows)
         return y, set_state(state, self.state_index, running)
+
+    def _layout(self) -> tuple[str, tuple[int, ...]]:
+        return "axis", self.axis
 
     def running_stats(self, state: State) -> RunningStats:
         """The running statistics that `state` holds for this layer."""

@@ -1,7 +1,5 @@
 """Which precision a result has, and which one it is computed in."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,45 +13,6 @@ def promote(*dtypes: DTypeLike | Array) -> np.dtype:
     # `jax_numpy_dtype_promotion="strict"` must not forbid it.
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
-
-
-def check_number(number: float, *, layer: str, argument: str) -> float:
-    try:
-        math.isfinite(number)  # `float` would read a string.
-    except TypeError:
-        raise ValueError(
-            f"{layer}: `{argument}` must be a number, got {number!r}."
-        ) from None
-    return float(number)
-
-
-def check_epsilon(epsilon: float, *, layer: str) -> float:
-    epsilon = check_number(epsilon, layer=layer, argument="epsilon")
-    if not (math.isfinite(epsilon) and epsilon >= 0):
-        raise ValueError(
-            f"{layer}: `epsilon` must be finite and not negative, got {epsilon}."
-        )
-    return epsilon
-
-
-def check_scale_offset(scale_offset: float, *, layer: str) -> float:
-    scale_offset = check_number(scale_offset, layer=layer, argument="scale_offset")
-    if not math.isfinite(scale_offset):
-        raise ValueError(f"{layer}: `scale_offset` must be finite, got {scale_offset}.")
-    return scale_offset
-
-
-def check_dtype(dtype: DTypeLike, *, layer: str, argument: str) -> np.dtype:
-    try:
-        # NumPy takes `None` for float64.
-        known = None if dtype is None else jnp.dtype(dtype)
-    except TypeError:
-        known = None
-    if known is None or not jnp.issubdtype(known, jnp.inexact):
-        raise ValueError(
-            f"{layer}: `{argument}` must be a floating or complex dtype, got {dtype!r}."
-        )
-    return jax.dtypes.canonicalize_dtype(known)
 
 
 def result_dtype(

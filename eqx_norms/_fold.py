@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from equinox.nn import State
 
-from ._axes import as_tuple
+from ._checks import as_tuple
 from ._batch_norm import BatchNorm
 from ._dtypes import cast, promote
 

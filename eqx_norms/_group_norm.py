@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 from jaxtyping import PRNGKeyArray
 
-from ._affine import check_num_features
-from ._axes import canonicalize_axes, check_axes, check_integers, example_axes
+from ._axes import example_axes
+from ._checks import canonicalize_axes, check_axes, check_integers, check_num_features
 from ._layer import AbstractExampleNorm
-from ._moments import Reduction
-from ._normalize import Inputs
+from ._standardize import Inputs
+from ._statistics import Reduction
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 
 
@@ -150,8 +150,8 @@ class GroupNorm(AbstractExampleNorm):
             key=key,
         )
 
-    def _layout(self) -> tuple[str, int]:
-        return "feature_axis", self.feature_axis
+    def _layout(self) -> tuple[str, tuple[int, ...]]:
+        return "feature_axis", (self.feature_axis,)
 
     def _reduction(self, inputs: Inputs) -> Reduction:
         name = type(self).__name__
@@ -171,4 +171,4 @@ class GroupNorm(AbstractExampleNorm):
                     f"{inputs.x.shape}."
                 )
             axes = tuple(axis for axis in axes if axis != feature_axis)
-        return Reduction(axes, inputs.compute_dtype, (feature_axis, self.num_groups))
+        return Reduction(axes, (feature_axis, self.num_groups))

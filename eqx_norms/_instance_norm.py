@@ -3,10 +3,11 @@ import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 from jaxtyping import PRNGKeyArray
 
-from ._axes import check_axes, example_axes
+from ._axes import example_axes
+from ._checks import check_axes
 from ._layer import AbstractExampleNorm
-from ._moments import Reduction
-from ._normalize import Inputs
+from ._standardize import Inputs
+from ._statistics import Reduction
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 
 
@@ -126,4 +127,4 @@ class InstanceNorm(AbstractExampleNorm):
                 f"{self.batch_axes} and feature axes {inputs.feature_axes} has no axis "
                 "left to take statistics over. For a single example use `batch_axes=()`."
             )
-        return Reduction(axes, inputs.compute_dtype)
+        return Reduction(axes)

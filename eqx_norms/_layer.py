@@ -10,18 +10,21 @@ import numpy as np
 from equinox.nn import State
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
-from ._affine import check_num_features, init_affine, lay_out
-from ._axes import as_tuple, canonicalize_axes, feature_shape, to_rank
-from ._collectives import bound_members, canonicalize_groups, canonicalize_names
-from ._dtypes import (
+from ._affine import init_affine
+from ._axes import feature_shape
+from ._checks import (
+    as_tuple,
+    canonicalize_axes,
     check_dtype,
     check_epsilon,
+    check_groups,
+    check_names,
+    check_num_features,
     check_scale_offset,
-    promote,
-    result_dtype,
 )
-from ._moments import Reduction
-from ._normalize import Inputs, standardize
+from ._collectives import Members, bound_members
+from ._standardize import Inputs, check_inputs
+from ._statistics import Moments, Reduction
 from ._types import AnyArray, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
 
 
@@ -40,6 +43,8 @@ class AbstractNorm(eqx.Module):
         static=True, default=None, kw_only=True
     )
     use_fast_variance: bool = eqx.field(static=True, default=True, kw_only=True)
+
+    _subtract_mean: ClassVar[bool] = True
 
     def _set_common(
         self,
@@ -68,8 +73,8 @@ class AbstractNorm(eqx.Module):
         self.dtype = (
             None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
         )
-        self.axis_name = canonicalize_names(axis_name, layer=name)
-        self.axis_index_groups = canonicalize_groups(
+        self.axis_name = check_names(axis_name, layer=name)
+        self.axis_index_groups = check_groups(
             axis_index_groups, self.axis_name, layer=name
         )
         self.use_fast_variance = use_fast_variance
@@ -84,25 +89,24 @@ class AbstractNorm(eqx.Module):
         # Without parameters nothing tells how the features are split over devices.
         return as_tuple(self.num_features) if self.axis_name is None else None
 
-    def _prepare(
+    @abstractmethod
+    def _layout(self) -> tuple[str, tuple[int, ...]]:
+        """What the layer calls its feature axes, and which they are."""
+
+    def _inputs(
         self,
         x: AnyArray,
         mask: AnyArray | None,
         scale: AnyArray | None,
         bias: AnyArray | None,
-        *,
         features: Shape | None,
-        feature_axes: int | tuple[int, ...],
-        argument: str,
     ) -> Inputs:
-        """Checks the arguments of a call, and lays them out for the arithmetic.
-
-        `features` is the feature shape that is required, `None` if any will do; `argument`
-        is what the layer calls its `feature_axes`.
-        """
+        """The arguments of a call, checked. `features` is the feature shape that is
+        required, `None` if any will do."""
         name = type(self).__name__
+        argument, axes = self._layout()
         x = jnp.asarray(x)
-        axes = canonicalize_axes(feature_axes, x.ndim, layer=name, argument=argument)
+        axes = canonicalize_axes(axes, x.ndim, layer=name, argument=argument)
         received = feature_shape(x.shape, axes)
         if features is not None and received != features:
             raise ValueError(
@@ -110,36 +114,36 @@ class AbstractNorm(eqx.Module):
                 f"got {received} in an input of shape {x.shape}. Check `num_features`, and "
                 f"that `{argument}` says where the features are."
             )
-        if mask is not None:
-            mask = jnp.asarray(mask)
-            if mask.dtype != jnp.bool_:
-                raise ValueError(
-                    f"{name}: `mask` must be boolean, True where a position counts, got "
-                    f"dtype {mask.dtype}."
-                )
-            mask = to_rank(mask, x, layer=name, argument="mask")
-        scale, bias = (None if a is None else jnp.asarray(a) for a in (scale, bias))
-        dtype = result_dtype(self.dtype, x, self.scale, self.bias, scale, bias, layer=name)
-        return Inputs(
+        return check_inputs(
             x,
             mask,
-            lay_out(self.scale, scale, x, axes, layer=name, argument="scale"),
-            lay_out(self.bias, bias, x, axes, layer=name, argument="bias"),
-            self.scale_offset,
-            axes,
-            promote(x.dtype, dtype, jnp.float32),
-            dtype,
+            (self.scale, scale),
+            (self.bias, bias),
+            feature_axes=axes,
+            dtype=self.dtype,
+            layer=name,
+        )
+
+    def _normalize(
+        self,
+        inputs: Inputs,
+        reduction: Reduction,
+        members: Members,
+        given: Moments | None = None,
+    ) -> tuple[Array, Moments]:
+        return inputs.normalize(
+            reduction,
+            members,
+            given,
+            epsilon=self.epsilon,
+            scale_offset=self.scale_offset,
+            subtract_mean=self._subtract_mean,
+            use_fast_variance=self.use_fast_variance,
         )
 
 
 class AbstractExampleNorm(AbstractNorm):
     """A layer whose statistics are those of its input alone."""
-
-    _center: ClassVar[bool] = True
-
-    @abstractmethod
-    def _layout(self) -> tuple[str, int | tuple[int, ...]]:
-        """What the layer calls its feature axes, and which they are."""
 
     @abstractmethod
     def _reduction(self, inputs: Inputs) -> Reduction:
@@ -202,29 +206,14 @@ class AbstractExampleNorm(AbstractNorm):
         """
         del key
         name = type(self).__name__
-        argument, feature_axes = self._layout()
         with jax.named_scope(f"eqx_norms.{name}"):
-            inputs = self._prepare(
-                x,
-                mask,
-                scale,
-                bias,
-                features=self._features(),
-                feature_axes=feature_axes,
-                argument=argument,
-            )
+            inputs = self._inputs(x, mask, scale, bias, self._features())
             reduction = self._reduction(inputs)
             if not reduction.axes and reduction.groups is None and self.axis_name is None:
                 raise ValueError(
                     f"{name}: no axis to take statistics over in an input of shape "
                     f"{inputs.x.shape}. Name one in `reduction_axes`, or an `axis_name`."
                 )
-            y = standardize(
-                inputs,
-                reduction,
-                bound_members(self.axis_name, self.axis_index_groups, layer=name),
-                epsilon=self.epsilon,
-                center=self._center,
-                fast=self.use_fast_variance,
-            )
+            members = bound_members(self.axis_name, self.axis_index_groups, layer=name)
+            y, _ = self._normalize(inputs, reduction, members)
         return y if state is None else (y, state)

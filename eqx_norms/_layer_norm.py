@@ -3,10 +3,10 @@ import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 from jaxtyping import PRNGKeyArray
 
-from ._axes import canonicalize_axes, check_axes
+from ._checks import canonicalize_axes, check_axes
 from ._layer import AbstractExampleNorm
-from ._moments import Reduction
-from ._normalize import Inputs
+from ._standardize import Inputs
+from ._statistics import Reduction
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 
 
@@ -122,4 +122,4 @@ class LayerNorm(AbstractExampleNorm):
             layer=type(self).__name__,
             argument="reduction_axes",
         )
-        return Reduction(axes, inputs.compute_dtype)
+        return Reduction(axes)

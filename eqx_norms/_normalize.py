@@ -1,279 +1,272 @@
-"""`(x - mean) / sqrt(var + epsilon) * scale + bias`: the library's only normalisation."""
+r"""`(x - mean) / sqrt(var + epsilon) * scale + bias`: the only normalisation in the library.
 
+With `inv = 1 / sqrt(var + epsilon)` and `z = (x - mean) * inv` it is `y = z * scale + bias`.
+Its derivative, for tangents `dx`, `dscale`, `dbias` and moments that are those of `x`:
+
+- The mean is linear in `x`, so `dmean = a` with `a = E[dx]`.
+- The variance is E|x - mean|^2, so `dvar = 2 e` with `e = E[(x - mean) dx]`. (`dmean` does
+  not matter there, since E[x - mean] = 0.)
+- `d(1 / sqrt(v)) = -dv / (2 v^(3/2))`, so `dinv = -inv^3 e = -inv^2 b` with `b = e * inv`.
+- Together `dz = (dx - a) * inv + (x - mean) * dinv = (dx - a - z * b) * inv`.
+- `dy = dz * scale + z * dscale + dbias`.
+
+For complex `x`, `e` has the real part of conj(x - mean) dx. Where the moments are given, as
+in evaluation, `a` and `e` are `dmean` and `dvar / 2`.
+
+Where scale varies as the moments do, products of small arrays are formed first. With
+`f = inv * scale`
+
+    y = (x - mean) * f + bias,    dy = dx * f + z * (dscale - b * f) + (dbias - a * f).
+
+The tangent is a linear function of `dx`, `dscale` and `dbias`. It computes what it needs of
+`x`, of scale and of the moments, which are small; `jax.checkpoint` keeps these for the
+backward pass, and nothing else. JAX transposes the function when the time comes: that gives
+reverse mode, where `jax.custom_vjp` would give up forward mode and second derivatives.
+"""
+
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from ._axes import on_one_cpu
-from ._collectives import ALONE, Members
-from ._moments import Moments, Reduction, moments, per_counted, sums_tangent
-from ._rules import lean
+from ._axes import feature_shape, to_features, to_rank
+from ._collectives import Members
+from ._dtypes import cast, real_dtype
+from ._statistics import Moments, Reduction, counted, means, moments, real_product
 
 
-class Inputs(NamedTuple):
-    """An input and what goes with it, all of its rank."""
+class Settings(NamedTuple):
+    """What is known of a call before there is data."""
 
-    x: Array
-    mask: Array | None
-    # Those learned and those given at the call, to be added up.
-    scale: tuple[Array, ...]
-    bias: tuple[Array, ...]
-    scale_offset: float
+    reduction: Reduction
     feature_axes: tuple[int, ...]
-    # What to compute in, and what to return.
+    # Of the arithmetic, and of the result.
     compute_dtype: np.dtype
     dtype: np.dtype
-
-
-class _Spec(NamedTuple):
-    reduction: Reduction
     epsilon: float
-    scale_offset: float
-    dtype: np.dtype
-    # Where the moments are the input's own.
-    center: bool = True
-    fast: bool = True
+    scale_offset: float = 0.0
+    subtract_mean: bool = True
+    use_fast_variance: bool = True
 
 
-def _deviation(spec, x, mask, m):
-    """`(x - mean) * unit`, what to multiply that with, laid out against it, and which
-    positions are left as they are: an excluded one that does not come out finite counts as
-    zero."""
-    v, tiny = m.var + spec.epsilon, jnp.finfo(m.var.dtype).tiny
-    if spec.epsilon > tiny:
-        inverse = lax.rsqrt(v)
+def _deviation(
+    settings: Settings, x: Array, mask: Array | None, own: Moments
+) -> tuple[Array, Array, Array | None]:
+    """`x - mean`, `inv`, and which positions are left as they are: one that the mask
+    excludes and that would not come out finite is taken for zero."""
+    v, tiny = own.var + settings.epsilon, jnp.finfo(own.var.dtype).tiny
+    if settings.epsilon > tiny:
+        inv = lax.rsqrt(v)
     else:
-        # Without variance there is nothing to scale up: such data is normalised to zero,
-        # and so are its derivatives.
-        inverse = jnp.where(v > tiny, lax.rsqrt(jnp.where(v > tiny, v, 1)), 0)
-    if m.weight is not None:
-        inverse = jnp.where(m.weight > 0, inverse, 0)
-    unit = spec.reduction.row_unit(x, m.shift)
-    inverse = spec.reduction.spread(inverse / unit, x)
-    d = spec.reduction.deviation(x, m.shift, m.offset, unit)
+        # Without variance there is nothing to scale up: such data comes out as zero.
+        inv = jnp.where(v > tiny, lax.rsqrt(jnp.where(v > tiny, v, 1)), 0)
+    if own.count is not None:
+        inv = jnp.where(own.count > 0, inv, 0)
+    inv = settings.reduction.spread(inv, x).astype(x.dtype)
+    mean = None if own.mean is None else settings.reduction.spread(own.mean, x)
+    d = x if mean is None else x - mean
     if mask is None:
-        return d, inverse, None
-    valid = mask | jnp.isfinite(d * inverse)
-    zero = spec.reduction.deviation(jnp.zeros_like(x), m.shift, m.offset, unit)
-    return jnp.where(valid, d, zero), inverse, valid
+        return d, inv, None
+    valid = mask | jnp.isfinite(d * inv)
+    zero = jnp.zeros_like(d) if mean is None else jnp.broadcast_to(-mean, d.shape)
+    return jnp.where(valid, d, zero), inv, valid
 
 
-def _varies_as(a: Array, b: Array) -> bool:
-    """Whether the one varies along no axis but those that the other varies along."""
-    sizes = zip(a.shape, b.shape, strict=True)
-    return all(own == 1 or other != 1 for own, other in sizes)
-
-
-def _times(a: Array | None, b: Array | None) -> Array | None:
-    return None if a is None or b is None else a * b
-
-
-def _plus(*terms: Array | None) -> Any:
+def _plus(*terms: Any) -> Any:
     present = [term for term in terms if term is not None]
-    return sum(present[1:], present[0]) if present else None
+    return functools.reduce(operator.add, present) if present else None
 
 
-def _total(terms: tuple[Array | None, ...], dtype: np.dtype) -> Array | None:
-    """Added up here, within the rule, as their sum may be larger than each of them."""
-    return _plus(*(None if term is None else term.astype(dtype) for term in terms))
+def _or_zeros(tangent: Any, primal: Array) -> Array:
+    return jnp.zeros_like(primal) if tangent is None else tangent
 
 
-def _total_scale(spec: _Spec, terms: tuple[Array, ...]) -> Array | None:
-    total = _total(terms, spec.reduction.dtype)
-    return total if total is None or spec.scale_offset == 0 else total + spec.scale_offset
+def _times(a: Any, *factors: Any) -> Any:
+    return None if a is None else functools.reduce(operator.mul, factors, a)
 
 
-def _apply(spec, x, mask, scale, bias, m):
-    reduction = spec.reduction
-    scale, bias = _total_scale(spec, scale), _total(bias, reduction.dtype)
-    if not all(term is None or _varies_as(term, m.var) for term in (scale, bias)):
-        d, inverse, _ = _deviation(spec, x, mask, m)
-        y = d * inverse
-        y = y if scale is None else y * scale
-        return _plus(y, bias).astype(spec.dtype)
-    # One multiplication and one addition: what is left of the mean goes with the bias.
-    # (Factors of less than 1e-38 or more than 1e38 are lost, though their product may fit.)
-    d, factor, _ = _deviation(spec, x, mask, m._replace(offset=None))
-    factor = factor if scale is None else factor * scale
-    if m.offset is not None:
-        offset = reduction.spread(m.offset * reduction.row_unit(x, m.shift), x)
-        bias = _plus(bias, -offset * factor)
-    return _plus(d * factor, bias).astype(spec.dtype)
+def _total(terms: tuple[Any, ...], dtype: np.dtype, offset: float = 0.0) -> Any:
+    """The learned and the given one. Their sum may be larger than each of them, so it is
+    taken within the rule, which keeps them apart."""
+    total = _plus(*(None if term is None else term.astype(dtype) for term in terms))
+    return total if total is None or offset == 0 else total + offset
 
 
-def _apply_tangent(spec, x, mask, scale, m, dx, dscale, dbias, dmean, dvar):
-    """`dx * factor + z * slope + level`, the last two of which are small: transposed,
-    each is one sum over the input."""
-    d, inverse, valid = _deviation(spec, x, mask, m)
-    z = d * inverse
-    inverse = inverse * spec.reduction.row_unit(x, m.shift)
-    scale = _total_scale(spec, scale)
-    dx, dscale, dbias = (_total(terms, d.dtype) for terms in ((dx,), dscale, dbias))
+def _is_small(scale: Array | None, inv: Array) -> bool:
+    """Whether their product is no larger than one of them."""
+    if scale is None:
+        return True
+    sizes = list(zip(scale.shape, inv.shape, strict=True))
+    return all(n == 1 or m != 1 for n, m in sizes) or all(m == 1 or n != 1 for n, m in sizes)
+
+
+def _apply(
+    settings: Settings,
+    x: Array,
+    mask: Array | None,
+    scale: tuple[Array | None, ...],
+    bias: tuple[Array | None, ...],
+    own: Moments,
+) -> Array:
+    wide = settings.compute_dtype
+    total_scale = _total(scale, wide, settings.scale_offset)
+    d, inv, _ = _deviation(settings, x.astype(wide), mask, own)
+    if total_scale is None:
+        y = d * inv
+    elif _is_small(total_scale, inv):
+        y = d * (inv * total_scale)
+    else:
+        y = d * inv * total_scale
+    return _plus(y, _total(bias, wide)).astype(settings.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _standardize(
+    settings: Settings,
+    x: Array,
+    mask: Array | None,
+    scale: tuple[Array | None, ...],
+    bias: tuple[Array | None, ...],
+    given: Moments | None,
+    members: Members,
+) -> tuple[Array, Moments]:
+    """The result, and the moments: those given, or those of `x`."""
+    rows = given
+    if rows is None:
+        rows = moments(
+            x.astype(settings.compute_dtype),
+            mask,
+            settings.reduction,
+            members,
+            subtract_mean=settings.subtract_mean,
+            about_mean=not settings.use_fast_variance or settings.reduction.over_rows(x),
+        )
+    own = jax.tree.map(members.own, rows)
+    return _apply(settings, x, mask, scale, bias, own), rows
+
+
+def _tangent(
+    settings: Settings,
+    are_given: bool,
+    kept: tuple[Any, ...],
+    dx: Array | None,
+    dscale: tuple[Array | None, ...],
+    dbias: tuple[Array | None, ...],
+    dgiven: Moments | None,
+) -> tuple[Array, Moments]:
+    """The derivative of `_standardize`. A tangent that is zero is `None`."""
+    x, mask, scale, rows, members = kept
+    reduction, wide = settings.reduction, settings.compute_dtype
+    d, inv, valid = _deviation(
+        settings, x.astype(wide), mask, jax.tree.map(members.own, rows)
+    )
+    z = d * inv
+    scale = _total(scale, wide, settings.scale_offset)
+    dx, dscale, dbias = (_total(t, wide) for t in ((dx,), dscale, dbias))
+
+    a = e = None
+    drows = jax.tree.map(jnp.zeros_like, rows)
+    if are_given:
+        if dgiven is not None:
+            drows = jax.tree.map(_or_zeros, dgiven, rows, is_leaf=lambda t: t is None)
+            a, e = dgiven.mean, _times(dgiven.var, 0.5)
+    elif dx is not None:
+        t = counted(mask, dx)
+        values = (real_product(d, t),)
+        *first, e = means(
+            reduction, members, rows.count, *((t,) * settings.subtract_mean), *values
+        )
+        drows = drows._replace(var=2 * e)
+        if first:
+            (a,) = first
+            drows = drows._replace(mean=a)
+    a, e = (
+        None if row is None else reduction.spread(members.own(row), x).astype(wide)
+        for row in (a, e)
+    )
+    b = _times(e, inv)
+
     if dx is not None and valid is not None:
         dx = jnp.where(valid, dx, jnp.zeros_like(dx))
-    dmean, dvar = jax.tree.map(lambda s: spec.reduction.spread(s, x), (dmean, dvar))
-    slope = _times(dvar, -inverse * inverse / 2)
-    level = _times(dmean, -inverse)
-    # A product no larger than its factors is better formed first.
-    if scale is None or _varies_as(inverse, scale) or _varies_as(scale, inverse):
-        factor = inverse
-        if scale is not None:
-            factor, slope, level = (
-                inverse * scale,
-                _times(slope, scale),
-                _times(level, scale),
-            )
-        slope, level = _plus(slope, dscale), _plus(level, dbias)
-        t = _plus(_times(dx, factor), _times(z, slope), level)
+    if _is_small(scale, inv):
+        f = inv if scale is None else inv * scale
+        slope = _plus(dscale, _times(b, -f))
+        dy = _plus(_times(dx, f), _times(slope, z), dbias, _times(a, -f))
     else:
-        t = _plus(_times(dx, inverse), _times(z, slope), level)
-        t = _plus(_times(t, scale), _times(z, dscale), dbias)
-    t = jnp.zeros_like(z) if t is None else jnp.broadcast_to(t, z.shape)
-    return t.astype(spec.dtype)
+        dz = _plus(dx, _times(a, -1), _times(b, -z))
+        dy = _plus(_times(dz, inv, scale), _times(dscale, z), dbias)
+    dy = jnp.zeros_like(z) if dy is None else jnp.broadcast_to(dy, z.shape)
+    return dy.astype(settings.dtype), drows
 
 
-def _normalize_tangent(spec, kept, dx, dmask, dscale, dbias, dm):
-    del dmask
-    dmean = _plus(dm.shift, dm.offset)
-    x, mask, scale, m = kept
-    return _apply_tangent(spec, x, mask, scale, m, dx, dscale, dbias, dmean, dm.var)
-
-
-_normalize = lean(
-    _apply,
-    _normalize_tangent,
-    lambda args, _: (*args[:3], args[4]),
-)
-
-
-# Where all members are on this device, moments and normalisation are one function, whose
-# derivative is the composition of theirs: XLA then reads the input fewer times than for one
-# after the other.
-
-
-def _own_moments(spec, x, mask, here):
-    return moments(
-        x, mask, spec.reduction, (here, ALONE), center=spec.center, fast=spec.fast
+def _rule(settings, primals, tangents):
+    x, mask, scale, _, given, members = primals
+    y, rows = _standardize(settings, *primals)
+    kept = (x, mask, scale, rows, members)
+    dx, _, dscale, dbias, dgiven, _ = jax.tree.map(
+        lambda t: None if isinstance(t, SymbolicZero) else t,
+        tangents,
+        is_leaf=lambda t: isinstance(t, SymbolicZero),
     )
+    tangent = functools.partial(_tangent, settings, given is not None)
+    # The default, `prevent_cse=True`, keeps to what is given to it. Without, what is kept
+    # between the passes would be up to XLA.
+    linear = tangent
+    if settings.reduction.over_rows(x) and dx is not None and jax.tree.leaves(dscale):
+        # XLA's CPU code does one pass over rows, or one over columns, at a time. There the
+        # backward pass takes 1.5 to 4 times as long if the gradients of `x` and of scale
+        # and bias share what they compute; on GPUs and TPUs the same reading serves both.
+
+        def apart(kept, dx, dscale, dbias, dgiven):
+            part = jax.checkpoint(tangent)
+            of_x = part(kept, dx, (), (), dgiven)
+            of_parameters = part(kept, None, dscale, dbias, None)
+            return jax.tree.map(operator.add, of_x, of_parameters)
+
+        def linear(*args):
+            return lax.platform_dependent(*args, cpu=apart, default=tangent)
+
+    return (y, rows), jax.checkpoint(linear)(kept, dx, dscale, dbias, dgiven)
 
 
-def _apply_own(spec, x, mask, scale, bias, here):
-    m, rows = _own_moments(spec, x, mask, here)
-    return _apply(spec, x, mask, scale, bias, m), rows
+_standardize.defjvp(_rule, symbolic_zeros=True)
 
 
-def _apply_own_tangent(spec, kept, dx, dmask, dscale, dbias, dhere):
-    del dmask, dhere
-    x, mask, scale, here, rows = kept
-    m = jax.tree.map(here.own, rows)
-    drows = jax.tree.map(jnp.zeros_like, rows)
-    dmean = dvar = None
-    if dx is not None:
-        offset, var = (
-            per_counted(rows.weight, t)
-            for t in sums_tangent(
-                spec.reduction, spec.center, x, mask, m.shift, m.offset, here, dx
-            )
-        )
-        drows = drows._replace(offset=offset, var=var)
-        dmean, dvar = jax.tree.map(here.own, (offset, var))
-    dy = _apply_tangent(spec, x, mask, scale, m, dx, dscale, dbias, dmean, dvar)
-    return dy, drows
-
-
-_normalize_own = lean(
-    _apply_own,
-    _apply_own_tangent,
-    lambda args, out: (*args[:3], args[4], out[1]),
-)
-
-
-# On a CPU, rows are done without the moments being kept. XLA does a whole forward or
-# backward pass over the last axis in one go, each row while it is at hand, if nothing else
-# is asked of it: not the moments, nor the sums over columns that scale and bias want, whose
-# pass finds the moments once more. Elsewhere, to have them again costs readings, and on a
-# mesh communication.
-
-
-def _apply_row(spec, x, mask, scale, bias):
-    return _apply_own(spec, x, mask, scale, bias, ALONE)[0]
-
-
-def _apply_row_tangent(spec, kept, dx, dmask, dscale, dbias):
-    x, mask, scale = kept
-    _, rows = _own_moments(spec, x, mask, ALONE)
-    kept = (x, mask, scale, ALONE, rows)
-    return _apply_own_tangent(spec, kept, dx, dmask, dscale, dbias, None)[0]
-
-
-def _input_apart(dx, dmask, dscale, dbias):
-    def none(tangents):
-        return jax.tree.map(lambda _: None, tangents)
-
-    if dx is None or not jax.tree.leaves(dscale):
-        # (Bias alone would be broadcast, and its gradient added up, in `spec.dtype`.)
-        return [(dx, dmask, dscale, dbias)]
-    return [(dx, dmask, none(dscale), none(dbias)), (None, dmask, dscale, dbias)]
-
-
-_normalize_row = lean(
-    _apply_row, _apply_row_tangent, lambda args, _: args[:3], _input_apart
-)
-
-
-def _in_rows(inputs: Inputs, reduction: Reduction) -> bool:
-    """Whether to do so: for rows along which scale and bias vary, if there are any."""
-    x, terms = inputs.x, (*inputs.scale, *inputs.bias)
-    along = any(term.shape[axis] != 1 for term in terms for axis in reduction.axes)
-    return reduction.over_rows(x.ndim) and (along or not terms) and on_one_cpu(x)
-
-
-def normalize(inputs: Inputs, m: Moments, *, epsilon: float) -> Array:
-    """Normalises with given moments, of the rank of the input."""
-    reduction = Reduction((), inputs.compute_dtype)
-    spec = _Spec(reduction, epsilon, inputs.scale_offset, inputs.dtype)
-    return _normalize(spec, inputs.x, inputs.mask, inputs.scale, inputs.bias, m)
-
-
-def standardize(
-    inputs: Inputs,
-    reduction: Reduction,
-    members: tuple[Members, Members],
-    *,
-    epsilon: float,
-    center: bool = True,
-    fast: bool = True,
-) -> Array:
-    """Normalises with the input's own moments."""
-    if not any(m.names for m in members) and _in_rows(inputs, reduction):
-        # A row at hand is shifted by its mean as fast as by anything else.
-        spec = _Spec(reduction, epsilon, inputs.scale_offset, inputs.dtype, center, False)
-        return _normalize_row(spec, inputs.x, inputs.mask, inputs.scale, inputs.bias)
-    y, _ = standardize_batch(
-        inputs, reduction, members, epsilon=epsilon, center=center, fast=fast
-    )
-    return y
-
-
-def standardize_batch(
-    inputs: Inputs,
-    reduction: Reduction,
-    members: tuple[Members, Members],
-    *,
-    epsilon: float,
-    center: bool = True,
-    fast: bool = True,
-    origin: Array | None = None,
+@functools.partial(jax.jit, static_argnums=0)
+def normalize(
+    settings: Settings,
+    x: Array,
+    mask: Array | None,
+    scale: tuple[Array | None, ...],
+    bias: tuple[Array | None, ...],
+    given: Moments | None,
+    members: Members,
 ) -> tuple[Array, Moments]:
-    """Normalises with the input's own moments. These too, a row for each group."""
-    x, mask, scale, bias = inputs.x, inputs.mask, inputs.scale, inputs.bias
-    spec = _Spec(reduction, epsilon, inputs.scale_offset, inputs.dtype, center, fast)
-    here, elsewhere = members
-    if not elsewhere.names:
-        return _normalize_own(spec, x, mask, scale, bias, here)
-    m, rows = moments(x, mask, reduction, members, center=center, fast=fast, origin=origin)
-    return _normalize(spec, x, mask, scale, bias, m), rows
+    """Normalises `x` with its own moments, or with those given.
+
+    The mask and each scale and bias have the feature shape, or broadcast to `x`; moments
+    that are given have the feature shape.
+
+    All of it is one `jax.jit`: a call outside of any other is one dispatch, and layers that
+    are alike are traced once.
+    """
+    axes = settings.feature_axes
+
+    def lay_out(array):
+        if array.shape == feature_shape(x.shape, axes):
+            return to_features(array, axes, x.ndim)
+        return to_rank(array, x.ndim)
+
+    mask = None if mask is None else to_rank(mask, x.ndim)
+    scale, bias, given = jax.tree.map(lay_out, (scale, bias, given))
+    if given is not None:
+        # Statistics may be of another width than what is computed in.
+        wide = settings.compute_dtype
+        given = Moments(cast(given.mean, wide), cast(given.var, real_dtype(wide)))
+    return _standardize(settings, x, mask, scale, bias, given, members)

@@ -126,8 +126,7 @@ def _in_training(layer: BatchNorm) -> BatchNorm:
 
 def _start(stats: RunningStats) -> PooledStats:
     """Nothing counted. The old mean and variance are for calls in evaluation."""
-    zeros = jnp.zeros_like(stats.count), jnp.zeros_like(stats.mean)
-    return PooledStats(stats.mean, stats.var, *zeros)
+    return PooledStats(stats.mean, stats.var, jnp.zeros_like(stats.count))
 
 
 def _copy(state: State) -> State:
@@ -200,8 +199,7 @@ def _merge(total: _Total, new: PooledStats) -> _Total:
     positions = total.positions + new.count
     share = new.count / np.maximum(positions, 1)
     double = np.result_type(new.mean.dtype, np.float64)
-    mean = np.asarray(new.mean, double) + new.rest
-    delta = np.where(counted, mean - total.mean, 0)
+    delta = np.where(counted, np.asarray(new.mean, double) - total.mean, 0)
     var = np.where(counted, np.asarray(new.var, np.float64) - total.var, 0)
     return _Total(
         total.mean + share * delta,

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jax.nn.initializers import ones
 from jaxtyping import PRNGKeyArray
 
-from ._axes import canonicalize_axes, check_axes
+from ._checks import canonicalize_axes, check_axes
 from ._layer import AbstractExampleNorm
-from ._moments import Reduction
-from ._normalize import Inputs
+from ._standardize import Inputs
+from ._statistics import Reduction
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 
 
@@ -38,7 +38,7 @@ class RMSNorm(AbstractExampleNorm):
         parameters of Flax's `nnx.RMSNorm`.
     """
 
-    _center: ClassVar[bool] = False
+    _subtract_mean: ClassVar[bool] = False
 
     reduction_axes: tuple[int, ...] = eqx.field(static=True)
     feature_axes: tuple[int, ...] = eqx.field(static=True)
@@ -119,4 +119,4 @@ class RMSNorm(AbstractExampleNorm):
             layer=type(self).__name__,
             argument="reduction_axes",
         )
-        return Reduction(axes, inputs.compute_dtype)
+        return Reduction(axes)

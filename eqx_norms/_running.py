@@ -1,6 +1,8 @@
 """Running statistics: what `BatchNorm` remembers, and how a batch changes it."""
 
-from typing import TypeVar
+import functools
+import math
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -9,10 +11,11 @@ from equinox.nn import State, StateIndex
 from jax import lax
 from jaxtyping import Array, Inexact, Int
 
-from ._axes import from_features, shard_like
-from ._dtypes import cast, check_number, promote, real_dtype
-from ._moments import Moments, abs_square, over_groups
+from ._axes import from_features
+from ._dtypes import cast, promote, real_dtype
+from ._sharding import shard_like
 from ._state import get_state
+from ._statistics import Moments, abs_square
 from ._types import DTypeLike, Shape
 
 
@@ -29,19 +32,16 @@ class RunningStats(eqx.Module):
 
 
 class PooledStats(eqx.Module):
-    """What `recalibrate` puts in the place of `RunningStats`: the statistics of all data
-    since `count` was zero.
+    """What `recalibrate` puts in the place of `RunningStats` for one call of a model.
 
-    - `mean`, `var`: of these data, and of anything while `count` is zero.
-    - `count`: how many positions they have.
-    - `rest`: of the mean, what rounding left out: with a mean of many deviations, the
-        differences between batches would be lost in it.
+    - `mean`, `var`: of all positions that were counted; while `count` is zero, for calls in
+        evaluation, the running mean and variance.
+    - `count`: how many positions were counted.
     """
 
     mean: Inexact[Array, "*features"]
     var: Inexact[Array, "*features"]
     count: Int[Array, "*features"]
-    rest: Inexact[Array, "*features"]
 
 
 Stats = TypeVar("Stats", RunningStats, PooledStats)
@@ -56,18 +56,6 @@ def init_stats(shape: Shape, param_dtype: DTypeLike) -> StateIndex[RunningStats]
             jnp.zeros(shape, jnp.int32),
         )
     )
-
-
-def check_momentum(momentum: float | None, *, layer: str) -> float | None:
-    if momentum is None:
-        return None
-    momentum = check_number(momentum, layer=layer, argument="momentum")
-    if not 0 <= momentum <= 1:
-        raise ValueError(
-            f"{layer}: `momentum` is the weight of the old running statistics, from 0 to "
-            f"1, or `None` for the average over all batches, got {momentum}."
-        )
-    return momentum
 
 
 def get_stats(
@@ -98,90 +86,78 @@ def get_stats(
     return stats
 
 
-def update(
-    old: Stats,
-    rows: Moments,
-    feature_axes: tuple[int, ...],
-    *,
-    size: int,
-    momentum: float | None,
-    unbiased: bool,
-) -> Stats:
+class Step(NamedTuple):
+    """How the statistics of a batch are taken into the running ones."""
+
+    feature_axes: tuple[int, ...]
+    # How many positions a group of members has, and whether there are groups.
+    size: int
+    grouped: bool
+    momentum: float | None
+    unbiased: bool
+    debias: bool
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def update(how: Step, old: Stats, rows: Moments) -> Stats:
     """Takes a batch in, or leaves a feature as it was where the batch says nothing of it.
 
-    `rows` are the same on all devices, so all devices decide alike. `size` is how many
-    positions a statistic is over.
+    `rows` are the same on all devices, so all devices decide alike.
     """
-    if isinstance(old, PooledStats):
-        return _pool(old, rows, feature_axes, size=size)
-    mean, var, weight = over_groups(rows, size, unbiased=unbiased)
-    mean = cast(from_features(mean, feature_axes), old.mean.dtype)
-    var = cast(from_features(var, feature_axes), old.var.dtype)
-    good = jnp.isfinite(mean) & jnp.isfinite(var)
-    if weight is not None:
-        good = good & (from_features(weight, feature_axes) > 0)
-    if momentum is None:
-        seen = old.count.astype(var.dtype)
-        keep = seen / (seen + 1)
-    else:
-        keep = momentum
+    pooled = isinstance(old, PooledStats)
+    if not how.grouped:
+        rows = jax.tree.map(lambda row: row[None], rows)
+    mean, var, count = _over_groups(
+        rows, how.size, unbiased=how.unbiased and not pooled, between=pooled
+    )
+    mean = cast(from_features(mean, how.feature_axes), old.mean.dtype)
+    var = cast(from_features(var, how.feature_axes), old.var.dtype)
+    count = from_features(count, how.feature_axes).astype(old.var.dtype)
+    # On an Explicit mesh the features may be sharded and the state not: it stays as it is.
+    mean, var, count = (shard_like(a, old.count) for a in (mean, var, count))
+    good = jnp.isfinite(mean) & jnp.isfinite(var) & (count > 0)
+    keep = _weight_of_old(how, old, count)
+    if pooled:
+        var = var + keep * abs_square(mean - old.mean)
+    added = jnp.where(good, count if pooled else 1, 0).astype(old.count.dtype)
 
     def blend(old, new):
         a, b = (jnp.asarray(weight, old.dtype) for weight in (keep, 1 - keep))
         return jnp.where(good, a * old + b * new, old)
 
-    # On an Explicit mesh the features may be sharded and the state not: it stays as it is.
-    mean, var, good = (shard_like(a, old.count) for a in (mean, var, good))
-
-    stats = RunningStats(
-        blend(old.mean, mean),
-        blend(old.var, var),
-        old.count + good.astype(old.count.dtype),
-    )
-    return lax.stop_gradient(stats)
+    stats = (blend(old.mean, mean), blend(old.var, var), old.count + added)
+    return lax.stop_gradient(type(old)(*stats))
 
 
-def _pool(
-    old: PooledStats, rows: Moments, feature_axes: tuple[int, ...], *, size: int
-) -> PooledStats:
-    """Weighted by how many positions each has, the variance between them included."""
-    axes = (0, *(axis + 1 for axis in feature_axes))
+def _weight_of_old(how: Step, old: RunningStats | PooledStats, count: Array) -> Any:
+    seen = old.count.astype(count.dtype)
+    if isinstance(old, PooledStats):
+        return seen / jnp.maximum(seen + count, 1)
+    # The average over all batches is the limit for a momentum of one.
+    if how.momentum is None or (how.debias and how.momentum == 1):
+        return seen / (seen + 1)
+    if not how.debias or how.momentum == 0:
+        return how.momentum
+    # m (1 - m^n) / (1 - m^(n + 1)) after n batches. Powers near one would lose precision.
+    log = math.log(how.momentum)
+    return how.momentum * (jnp.expm1(seen * log) / jnp.expm1((seen + 1) * log))
 
-    def after(old, rows):
-        rows = cast(from_features(rows, axes), old.dtype)
-        return jnp.concatenate([old[None], shard_like(rows, old[None])])
 
-    if rows.weight is None:
-        count = jnp.full_like(rows.var, size, old.count.dtype)
-    else:
-        # A fraction of `size`, and of an integer.
-        count = jnp.round(rows.weight * size)
-    count = after(old.count, count)
-    assert rows.shift is not None
-    assert rows.offset is not None
-    mean, rest = after(old.mean, rows.shift), after(old.rest, rows.offset)
-    var = after(old.var, rows.var)
-
-    counted = count > 0
-    good = jnp.all(jnp.isfinite(mean[1:]) & jnp.isfinite(var[1:]) | ~counted[1:], 0)
-    good = good & jnp.any(counted[1:], 0)
-    total = jnp.sum(count, 0, keepdims=True, dtype=count.dtype)
-    share = count.astype(var.dtype) / jnp.maximum(total, 1).astype(var.dtype)
-
-    def average(values):
-        values = jnp.where(counted, values, 0)
-        return jnp.sum(share.astype(values.dtype) * values, 0, keepdims=True)
-
-    # About a shift that is near all of them, as in `_moments`.
-    shift = average(mean)
-    deviation = (mean - shift) + rest
-    offset = average(deviation)
-    mean = shift + offset
-    new = PooledStats(
-        mean,
-        average(var + abs_square(deviation - offset)),
-        total,
-        (shift - mean) + offset,
-    )
-    stats = jax.tree.map(lambda new, old: jnp.where(good, new[0], old), new, old)
-    return lax.stop_gradient(stats)
+def _over_groups(
+    rows: Moments, size: int, *, unbiased: bool, between: bool
+) -> tuple[Array, Array, Array]:
+    """Mean, variance and count of all groups of members together, each group weighted by
+    its count. `unbiased` divides each variance by one less than its count, where that is not
+    zero; `between` adds the variance of the groups' means."""
+    mean, var, count = rows
+    assert mean is not None
+    if count is None:
+        count = jnp.broadcast_to(jnp.asarray(size, var.dtype), var.shape)
+    if unbiased:
+        var = var * (count / jnp.where(count > 1, count - 1, 1))
+    total = jnp.sum(count, 0, keepdims=True)
+    share = count / jnp.maximum(total, 1)
+    average = jnp.sum(share.astype(mean.dtype) * mean, 0, keepdims=True)
+    if between:
+        var = var + abs_square(mean - average)
+    return average[0], jnp.sum(share * var, 0), total[0]

@@ -9,10 +9,11 @@ from equinox.nn import State, StateIndex
 from jax import lax
 from jaxtyping import Array, Float, Inexact, PRNGKeyArray
 
-from ._axes import check_integers, shard_like
-from ._dtypes import check_dtype, promote, real_dtype, result_dtype
-from ._moments import abs_square
+from ._checks import check_dtype, check_integers
+from ._dtypes import promote, real_dtype, result_dtype
+from ._sharding import shard_like
 from ._state import get_state, needs_state, set_state
+from ._statistics import abs_square
 from ._types import Axes, DTypeLike
 from ._weight_norm import directions
 from ._wrapped import AbstractWrapper, Layer, is_stateful

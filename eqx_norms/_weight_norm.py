@@ -9,11 +9,11 @@ from jax.nn.initializers import ones
 from jaxtyping import Array, Inexact, PRNGKeyArray
 
 from ._affine import init_affine
-from ._axes import feature_shape, from_features, to_features
+from ._axes import feature_shape, from_features
 from ._collectives import ALONE
 from ._dtypes import promote, result_dtype
-from ._moments import Reduction, moments
-from ._normalize import Inputs, standardize
+from ._standardize import Inputs
+from ._statistics import Reduction, abs_square
 from ._trees import find_nodes
 from ._types import Axes, DTypeLike, Initializer
 from ._wrapped import AbstractWrapper, Layer, is_stateful
@@ -125,36 +125,29 @@ class WeightNorm(AbstractWrapper[Layer]):
                 f"to take its length over besides `feature_axes={self.feature_axes}`. "
                 "Choose others, or other weights with `where`."
             )
-        return axes, Reduction(others, promote(weight.dtype, jnp.float32))
+        return axes, Reduction(others)
 
     # The length is the root mean square times the root of how many are averaged.
 
     def _norm(self, weight: Array, dtype: np.dtype) -> Array:
         axes, reduction = self._reduction(weight)
-        size = reduction.size(weight.shape)
-        own, _ = moments(weight, None, reduction, (ALONE, ALONE), center=False, fast=True)
-        norm = math.sqrt(size) * jnp.sqrt(own.var + self.epsilon / size)
-        return from_features(norm, axes).astype(dtype)
+        wide = weight.astype(promote(weight.dtype, jnp.float32))
+        square = reduction.sum(abs_square(wide)) + self.epsilon
+        return from_features(jnp.sqrt(square), axes).astype(dtype)
 
     def _normalized(self, weight: Array, scale: Array | None) -> Array:
         axes, reduction = self._reduction(weight)
         size = reduction.size(weight.shape)
         dtype = result_dtype(self.dtype, weight, scale, layer=type(self).__name__)
-        wide = promote(reduction.dtype, dtype)
-        if scale is None:
-            length = jnp.ones([1] * weight.ndim, wide)
-        else:
-            length = to_features(scale.astype(wide), axes, weight)
+        wide = promote(weight.dtype, dtype, jnp.float32)
+        length = jnp.ones((), wide) if scale is None else scale.astype(wide)
         inputs = Inputs(
-            weight, None, (length / math.sqrt(size),), (), 0.0, axes, wide, dtype
+            weight, None, (None, length / math.sqrt(size)), (None, None), axes, wide, dtype
         )
-        return standardize(
-            inputs,
-            reduction._replace(dtype=wide),
-            (ALONE, ALONE),
-            epsilon=self.epsilon / size,
-            center=False,
+        y, _ = inputs.normalize(
+            reduction, ALONE, epsilon=self.epsilon / size, subtract_mean=False
         )
+        return y
 
     @jax.named_scope("eqx_norms.WeightNorm")
     def __call__(

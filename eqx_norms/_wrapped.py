@@ -10,8 +10,8 @@ from equinox.nn import StatefulLayer, StateIndex
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array
 
-from ._axes import canonicalize_axes, check_axes, other_axes
-from ._dtypes import check_dtype, check_epsilon
+from ._axes import other_axes
+from ._checks import canonicalize_axes, check_axes, check_dtype, check_epsilon
 from ._trees import find_nodes
 from ._types import Axes, DTypeLike
 

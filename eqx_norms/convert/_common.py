@@ -9,7 +9,7 @@ import numpy as np
 from equinox.nn import State
 from jaxtyping import Array
 
-from .._axes import as_tuple
+from .._checks import as_tuple
 from .._batch_norm import BatchNorm
 from .._dtypes import cast, promote, real_dtype
 from .._group_norm import GroupNorm
@@ -66,12 +66,7 @@ def as_num_features(shape: Shape) -> int | Shape:
 
 
 def feature_axes(layer: AbstractNorm) -> tuple[int, ...]:
-    if isinstance(layer, BatchNorm):
-        return layer.axis
-    if isinstance(layer, GroupNorm):
-        return (layer.feature_axis,)
-    assert isinstance(layer, LayerNorm | RMSNorm | InstanceNorm)
-    return layer.feature_axes
+    return layer._layout()[1]
 
 
 def axes_order(axes: tuple[int, ...], source: str) -> list[int]:

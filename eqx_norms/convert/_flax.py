@@ -7,7 +7,7 @@ import numpy as np
 from equinox.nn import State
 from jaxtyping import Array
 
-from .._axes import as_tuple
+from .._checks import as_tuple
 from .._batch_norm import BatchNorm
 from .._group_norm import GroupNorm
 from .._instance_norm import InstanceNorm

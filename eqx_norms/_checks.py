@@ -1,0 +1,186 @@
+"""Arguments checked, and made canonical: hashable, as a static field must be."""
+
+import math
+import operator
+from collections.abc import Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from ._collectives import Groups, Names
+from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Shape
+
+
+def as_tuple(values: Axes) -> tuple[int, ...]:
+    if isinstance(values, Sequence):
+        return tuple(operator.index(value) for value in values)
+    return (operator.index(values),)
+
+
+def check_integers(values: Axes, *, layer: str, argument: str) -> tuple[int, ...]:
+    try:
+        return as_tuple(values)
+    except TypeError:
+        raise ValueError(
+            f"{layer}: `{argument}` must be an integer, or a tuple of integers, got "
+            f"{values!r}."
+        ) from None
+
+
+def check_axes(axes: Axes, *, layer: str, argument: str) -> tuple[int, ...]:
+    """What can be checked of axes before there is an input."""
+    axes = check_integers(axes, layer=layer, argument=argument)
+    if len(set(axes)) != len(axes):
+        raise ValueError(
+            f"{layer}: `{argument}={axes}` names an axis more than once. Give each once."
+        )
+    return axes
+
+
+def canonicalize_axes(
+    axes: Axes, ndim: int, *, layer: str, argument: str
+) -> tuple[int, ...]:
+    """Non-negative axes in the order given, each in range and none twice."""
+    axes = as_tuple(axes)
+    for axis in axes:
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"{layer}: `{argument}={axes}` has axis {axis}, which is out of range "
+                f"for an input of {ndim} dimensions."
+            )
+    canonical = tuple(axis % ndim for axis in axes)
+    if len(set(canonical)) != len(canonical):
+        raise ValueError(
+            f"{layer}: `{argument}={axes}` names an axis more than once for an input "
+            f"of {ndim} dimensions. Give each axis once."
+        )
+    return canonical
+
+
+def check_num_features(
+    num_features: int | tuple[int, ...], feature_axes: tuple[int, ...], *, layer: str
+) -> Shape:
+    """The feature shape, in the order of `feature_axes`."""
+    shape = check_integers(num_features, layer=layer, argument="num_features")
+    if len(shape) != len(feature_axes):
+        raise ValueError(
+            f"{layer}: `num_features` must have one size for each feature axis, got "
+            f"{num_features} for the axes {feature_axes}."
+        )
+    if any(size < 1 for size in shape):
+        raise ValueError(f"{layer}: `num_features` must be positive, got {num_features}.")
+    return shape
+
+
+def check_number(number: float, *, layer: str, argument: str) -> float:
+    try:
+        math.isfinite(number)  # `float` would read a string.
+    except TypeError:
+        raise ValueError(
+            f"{layer}: `{argument}` must be a number, got {number!r}."
+        ) from None
+    return float(number)
+
+
+def check_epsilon(epsilon: float, *, layer: str) -> float:
+    epsilon = check_number(epsilon, layer=layer, argument="epsilon")
+    if not (math.isfinite(epsilon) and epsilon >= 0):
+        raise ValueError(
+            f"{layer}: `epsilon` must be finite and not negative, got {epsilon}."
+        )
+    return epsilon
+
+
+def check_scale_offset(scale_offset: float, *, layer: str) -> float:
+    scale_offset = check_number(scale_offset, layer=layer, argument="scale_offset")
+    if not math.isfinite(scale_offset):
+        raise ValueError(f"{layer}: `scale_offset` must be finite, got {scale_offset}.")
+    return scale_offset
+
+
+def check_momentum(momentum: float | None, *, layer: str) -> float | None:
+    if momentum is None:
+        return None
+    momentum = check_number(momentum, layer=layer, argument="momentum")
+    if not 0 <= momentum <= 1:
+        raise ValueError(
+            f"{layer}: `momentum` is the weight of the old running statistics, from 0 to "
+            f"1, or `None` for the average over all batches, got {momentum}."
+        )
+    return momentum
+
+
+def check_dtype(dtype: DTypeLike, *, layer: str, argument: str) -> np.dtype:
+    try:
+        # NumPy takes `None` for float64.
+        known = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or not jnp.issubdtype(known, jnp.inexact):
+        raise ValueError(
+            f"{layer}: `{argument}` must be a floating or complex dtype, got {dtype!r}."
+        )
+    return jax.dtypes.canonicalize_dtype(known)
+
+
+def check_names(axis_name: AxisName, *, layer: str) -> Names | None:
+    if axis_name is None:
+        return None
+    names = tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    if not all(isinstance(name, Hashable) for name in names):
+        raise ValueError(
+            f"{layer}: `axis_name` must be a name, which can be hashed, or a tuple of "
+            f"names, got {axis_name!r}."
+        )
+    if len(set(names)) != len(names):
+        raise ValueError(
+            f"{layer}: `axis_name={axis_name}` has a name more than once. Give each once."
+        )
+    return names or None
+
+
+def check_groups(
+    groups: AxisIndexGroups, names: Names | None, *, layer: str
+) -> Groups | None:
+    """What can be checked of groups before the axis is bound."""
+    if groups is None:
+        return None
+    if not all(isinstance(group, Sequence) for group in groups):
+        raise ValueError(
+            f"{layer}: `axis_index_groups` must be a list of groups, each a list of "
+            f"indices, got {groups}."
+        )
+    canonical = tuple(tuple(int(index) for index in group) for group in groups)
+    if names is None or len(names) != 1:
+        raise ValueError(
+            f"{layer}: `axis_index_groups` are groups of indices along one named axis, "
+            f"got `axis_name={names}`. Give the one name that the groups divide."
+        )
+    if len({len(group) for group in canonical}) != 1 or not canonical[0]:
+        raise ValueError(
+            f"{layer}: `axis_index_groups` must be groups of equal size, got "
+            f"{canonical}. Groups of unequal size are not supported."
+        )
+    return canonical
+
+
+def check_mask(mask: Array, *, layer: str):
+    if mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"{layer}: `mask` must be boolean, True where a position counts, got "
+            f"dtype {mask.dtype}."
+        )
+
+
+def check_broadcasts(array: Array, x: Array, *, layer: str, argument: str):
+    # Size by size: `numpy.broadcast_shapes` refuses the symbolic sizes of `jax.export`.
+    trailing = x.shape[x.ndim - array.ndim :]
+    if array.ndim > x.ndim or not all(
+        own in (1, size) for own, size in zip(array.shape, trailing, strict=True)
+    ):
+        raise ValueError(
+            f"{layer}: `{argument}` of shape {array.shape} does not broadcast to the "
+            f"input's shape {x.shape}."
+        )

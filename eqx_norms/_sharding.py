@@ -1,0 +1,36 @@
+"""What the type of an array says of a mesh with `Explicit` axes.
+
+Such types are there without `jax.set_mesh` as well; so each sharding names its mesh.
+"""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+
+def is_sharded(x: Array, axes: Sequence[int]) -> bool:
+    """Whether `x` is split over devices along one of these axes, as far as its type says;
+    on an `Auto` mesh it says nothing."""
+    spec = jax.typeof(x).sharding.spec
+    return any(spec[axis] is not None for axis in axes)
+
+
+def reshard(array: Array, spec: Sequence) -> Array:
+    """Splits `array` as `spec` says, on the `Explicit` mesh that it is on, if any."""
+    sharding = jax.typeof(array).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types or tuple(sharding.spec) == spec:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+
+
+def shard_like(array: Array, like: Array) -> Array:
+    """Splits `array` as another one of its shape is split."""
+    return reshard(array, tuple(jax.typeof(like).sharding.spec))
+
+
+def unshard(array: Array, axis: int) -> Array:
+    """Gathers `array` along an axis that is going to be reshaped."""
+    spec = jax.typeof(array).sharding.spec
+    return reshard(array, (*spec[:axis], None, *spec[axis + 1 :]))

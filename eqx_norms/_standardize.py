@@ -1,0 +1,159 @@
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Inexact, Shaped
+
+from ._axes import feature_shape
+from ._checks import (
+    canonicalize_axes,
+    check_axes,
+    check_broadcasts,
+    check_dtype,
+    check_epsilon,
+    check_groups,
+    check_mask,
+    check_names,
+    check_scale_offset,
+)
+from ._collectives import Members, bound_members
+from ._dtypes import promote, result_dtype
+from ._normalize import Settings, normalize
+from ._statistics import Moments, Reduction
+from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call, checked, and the dtypes that follow from them."""
+
+    x: Array
+    mask: Array | None
+    # The learned and the given one, to be added up.
+    scale: tuple[Array | None, Array | None]
+    bias: tuple[Array | None, Array | None]
+    feature_axes: tuple[int, ...]
+    # Of the arithmetic, and of the result.
+    compute_dtype: np.dtype
+    dtype: np.dtype
+
+    def normalize(
+        self,
+        reduction: Reduction,
+        members: Members,
+        given: Moments | None = None,
+        **settings: Any,
+    ) -> tuple[Array, Moments]:
+        static = Settings(
+            reduction, self.feature_axes, self.compute_dtype, self.dtype, **settings
+        )
+        arrays = self.x, self.mask, self.scale, self.bias
+        return normalize(static, *arrays, given, members)
+
+
+def check_inputs(
+    x: AnyArray,
+    mask: AnyArray | None,
+    scale: tuple[AnyArray | None, AnyArray | None],
+    bias: tuple[AnyArray | None, AnyArray | None],
+    *,
+    feature_axes: tuple[int, ...],
+    dtype: np.dtype | None,
+    layer: str,
+) -> Inputs:
+    x, mask, scale, bias = jax.tree.map(jnp.asarray, (x, mask, scale, bias))
+    if mask is not None:
+        check_mask(mask, layer=layer)
+        check_broadcasts(mask, x, layer=layer, argument="mask")
+    features = feature_shape(x.shape, feature_axes)
+    for argument, (_, given) in (("scale", scale), ("bias", bias)):
+        if given is not None and given.shape != features:
+            check_broadcasts(given, x, layer=layer, argument=argument)
+    dtype = result_dtype(dtype, x, *scale, *bias, layer=layer)
+    compute_dtype = promote(x.dtype, dtype, jnp.float32)
+    return Inputs(x, mask, scale, bias, feature_axes, compute_dtype, dtype)
+
+
+def standardize(
+    x: Shaped[AnyArray, "*shape"],
+    axes: Axes = -1,
+    *,
+    mask: Bool[AnyArray, "..."] | None = None,
+    scale: Inexact[AnyArray, "..."] | None = None,
+    bias: Inexact[AnyArray, "..."] | None = None,
+    scale_offset: float = 0.0,
+    epsilon: float = 1e-6,
+    subtract_mean: bool = True,
+    use_fast_variance: bool = True,
+    axis_name: AxisName = None,
+    axis_index_groups: AxisIndexGroups = None,
+    dtype: DTypeLike | None = None,
+) -> Inexact[Array, "*shape"]:
+    r"""Normalises an array by its mean and variance over some of its axes: the function that
+    the layers are made of, for layers of your own, query-key norms and adaptive norms.
+
+    $$y = \frac{x - \mathbb{E}[x]}{\sqrt{\text{Var}[x] + \varepsilon}} * \gamma + \beta$$
+
+    !!! example
+
+        ```python
+        # Query-key norm: each head by itself, without the mean.
+        q = en.standardize(q, subtract_mean=False, scale=scale)
+        # An adaptive norm, whose scale is predicted around one.
+        y = en.standardize(x, scale=predicted, scale_offset=1.0, bias=shift)
+        ```
+
+    **Arguments:**
+
+    - `x`: an array of any rank.
+    - `axes`: the axes that mean and variance are taken over; `()` for named axes alone.
+    - `mask`: boolean, broadcastable to `x`. Where it is `False`, `x` does not count for
+        mean and variance, whatever it holds. It is normalised all the same; what is not
+        finite there counts as zero. Where nothing counts, the bias comes out.
+    - `scale`, `bias`: $\gamma$ and $\beta$, each broadcastable to `x`.
+    - `scale_offset`: added to `scale` in the precision of the statistics; without a `scale`
+        it has no effect.
+    - `epsilon`: $\varepsilon$, added to the variance. Not negative. With zero, positions
+        without variance (in float32, of deviation below 1e-19) come out as zero, plus bias.
+    - `subtract_mean`: whether to subtract the mean. If `False`, the variance is the mean
+        square: a root mean square norm.
+    - `use_fast_variance`: whether the variance may be taken about the first position in
+        place of the mean, which reads `x` once less; see [`eqx_norms.LayerNorm`][].
+    - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap` or
+        `jax.shard_map`: mean and variance are taken over these too.
+    - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of equal
+        size and together all of them: each group has statistics of its own.
+    - `dtype`: of the result. By default what `x`, `scale` and `bias` promote to.
+
+    **Returns:**
+
+    An array of the shape of `x`.
+
+    **Raises:**
+
+    `ValueError` if an argument is not as described or does not fit `x`, or if there is
+    nothing to take statistics over; `NameError` if `axis_name` is bound nowhere.
+    """
+    name = "standardize"
+    names = check_names(axis_name, layer=name)
+    groups = check_groups(axis_index_groups, names, layer=name)
+    dtype = None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
+    inputs = check_inputs(
+        x, mask, (None, scale), (None, bias), feature_axes=(), dtype=dtype, layer=name
+    )
+    axes = check_axes(axes, layer=name, argument="axes")
+    axes = canonicalize_axes(axes, inputs.x.ndim, layer=name, argument="axes")
+    if not axes and names is None:
+        raise ValueError(
+            f"{name}: no axis to take statistics over in an input of shape "
+            f"{inputs.x.shape}. Name one in `axes`, or an `axis_name`."
+        )
+    y, _ = inputs.normalize(
+        Reduction(axes),
+        bound_members(names, groups, layer=name),
+        subtract_mean=subtract_mean,
+        use_fast_variance=use_fast_variance,
+        epsilon=check_epsilon(epsilon, layer=name),
+        scale_offset=check_scale_offset(scale_offset, layer=name),
+    )
+    return y
