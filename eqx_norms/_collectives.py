@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from ._vmapped import vmapped_index, vmapped_sum
+from ._vmapped import vmapped_first, vmapped_index, vmapped_sum
 
 
 Names: TypeAlias = tuple[Hashable, ...]
@@ -63,6 +63,16 @@ class Members(eqx.Module):
             lax.complex(next(sums), next(sums)) if jnp.iscomplexobj(value) else next(sums)
             for value in values
         )
+
+    def first(self, value: Array) -> "tuple[Array, Members]":
+        """The value of the first member on this device, and the members that are left: one
+        on each device. With groups, the value and the members as they are."""
+        if self.group is not None:
+            return value, self
+        for index in self.indices:
+            value = vmapped_first(value, index)
+        size = math.prod(lax.axis_size(name) for name in self.mesh_names)
+        return value, Members(size, self.mesh_names)
 
     def _in_own_row(self, value: Array) -> Array:
         """With groups: a row for each, the value in this member's, zeros in the others."""

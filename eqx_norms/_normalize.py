@@ -140,7 +140,8 @@ def _standardize(
     rows = given
     if rows is None:
         rows = moments(
-            x.astype(settings.compute_dtype),
+            x,
+            settings.compute_dtype,
             mask,
             settings.reduction,
             members,

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -73,20 +74,15 @@ class Reduction(NamedTuple):
         """Whether it is over the last axis of `x` alone."""
         return self.axes == (x.ndim - 1,) and self.groups is None
 
-    def has_position(self, x: Array) -> bool:
-        """Whether a position of `x` can be sliced: JAX refuses to slice along an axis that
-        is sharded on an `Explicit` mesh."""
-        divided = self.axes if self.groups is None else (*self.axes, self.groups[0])
-        return bool(self.axes) and not is_sharded(x, divided)
+    def can_slice(self, x: Array) -> bool:
+        """Whether JAX slices `x` along the axes: not along one that is sharded on an
+        `Explicit` mesh."""
+        return not is_sharded(x, self.axes)
 
     def position(self, x: Array) -> Array:
-        """The first position of what each statistic is over."""
+        """The first position along the axes: of size 1 there, all of `x` along others."""
         limits = [1 if axis in self.axes else n for axis, n in enumerate(x.shape)]
-        strides = [1] * x.ndim
-        if self.groups is not None:
-            axis, number = self.groups
-            strides[axis] = x.shape[axis] // number
-        return lax.slice(x, [0] * x.ndim, limits, strides)
+        return lax.slice(x, [0] * x.ndim, limits)
 
 
 class Moments(NamedTuple):
@@ -133,6 +129,7 @@ def _per(total: Array, count: Array | int) -> Array:
 
 def moments(
     x: Array,
+    dtype: np.dtype,
     mask: Array | None,
     reduction: Reduction,
     members: Members,
@@ -140,19 +137,23 @@ def moments(
     subtract_mean: bool,
     about_mean: bool,
 ) -> Moments:
-    """The moments of `x`, which has the precision of the statistics, over all members."""
+    """The moments of `x` over all members, computed in `dtype`."""
     if mask is None and x.size == 0:
         mask = jnp.zeros(x.shape, bool)
-    first = counted(mask, x if subtract_mean else abs_square(x))
-    if mask is None and subtract_mean and not about_mean and reduction.has_position(x):
-        # Each member's own, on average: one shift for all.
-        (total,) = members.sum(reduction.position(x))
-        shift = total / members.size
+    narrow, x = x, x.astype(dtype)
+    vmapped = members.indices and members.group is None
+    has_position = (reduction.axes or vmapped) and reduction.can_slice(x)
+    if mask is None and subtract_mean and not about_mean and has_position:
+        # Sliced before the cast: compilers may write, or read again, all of the cast `x`.
+        # Averaged over axes of size 1 too: XLA would split a slice over devices as `x` is.
+        position, others = members.first(reduction.position(narrow))
+        (shift,) = means(reduction, others, None, position.astype(dtype))
         d = x - reduction.spread(members.own(shift), x)
         offset, square = means(reduction, members, None, d, abs_square(d))
         # Squares that overflow are infinite, and the difference would not be a number.
         rest = jnp.maximum(square - abs_square(offset), 0)
         return Moments(shift + offset, jnp.where(square < jnp.inf, rest, square))
+    first = counted(mask, x if subtract_mean else abs_square(x))
     if mask is None:
         count, (mean,) = None, means(reduction, members, None, first)
     else:

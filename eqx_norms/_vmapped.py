@@ -5,7 +5,7 @@ JAX has `lax.psum` and `lax.axis_index` for such an axis. Inside `shard_map` wit
 vmapped axis is no mesh axis. So `psum` over its name is refused, and `axis_index` in an inner
 `jit`, `scan` or `checkpoint` claims to vary along it.
 
-The two primitives below take no name. Each takes an array and the member's index, which is
+The primitives below take no name. Each takes an array and the member's index, which is
 `lax.axis_index(name)` from outside of all rules. The one `vmap` that owns the name batches
 the index; there the primitives do their work. Any other `vmap` batches the array alone and
 passes them by. (`jax.custom_batching.custom_vmap` could say the same, but JAX cannot
@@ -13,15 +13,18 @@ transpose it: `vmap(grad(f), axis_name=...)` would fail.)
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
+
+from ._sharding import is_sharded
 
 
 def _primitive(name, at_owner):
     primitive = Primitive(name)
 
-    def first(x, index):
+    def alone(x, index):
         return x
 
     def batch(operands, dims):
@@ -31,9 +34,9 @@ def _primitive(name, at_owner):
             return primitive.bind(x, index), x_dim
         return at_owner(x, x_dim, index, index_dim)
 
-    primitive.def_impl(first)
-    primitive.def_abstract_eval(first)
-    mlir.register_lowering(primitive, mlir.lower_fun(first, multiple_results=False))
+    primitive.def_impl(alone)
+    primitive.def_abstract_eval(alone)
+    mlir.register_lowering(primitive, mlir.lower_fun(alone, multiple_results=False))
     batching.primitive_batchers[primitive] = batch
     return primitive
 
@@ -44,7 +47,16 @@ def _sum_at_owner(x, x_dim, index, index_dim):
     return jnp.sum(x, axis=x_dim), None
 
 
+def _first_at_owner(x, x_dim, index, index_dim):
+    if x_dim is None:
+        return x, None
+    if is_sharded(x, (x_dim,)):
+        return jnp.mean(x, axis=x_dim), None
+    return lax.index_in_dim(x, 0, x_dim, keepdims=False), None
+
+
 _sum_p = _primitive("vmapped_sum", _sum_at_owner)
+_first_p = _primitive("vmapped_first", _first_at_owner)
 _index_p = _primitive("vmapped_index", lambda x, x_dim, *index: index)
 
 
@@ -67,6 +79,12 @@ ad.primitive_transposes[_sum_p] = _sum_transpose
 def vmapped_sum(x: Array, index: Array) -> Array:
     """The sum of `x` over all members of the axis that `index` counts."""
     return _sum_p.bind(x, index)
+
+
+def vmapped_first(x: Array, index: Array) -> Array:
+    """The first member's `x`; or the mean of all members' where JAX refuses to slice, along
+    an axis that is sharded on an `Explicit` mesh. There is no derivative."""
+    return _first_p.bind(x, index)
 
 
 def vmapped_index(index: Array) -> Array:
