@@ -123,7 +123,8 @@ class Members(eqx.Module):
         value = value[None]
         if self.group is None:
             return value
-        rows = np.arange(self.num_groups).reshape(-1, *[1] * (value.ndim - 1))
+        rows = np.arange(self.num_groups, dtype=np.int32)
+        rows = rows.reshape(-1, *[1] * (value.ndim - 1))
         return jnp.where(rows == self.group, value, jnp.zeros_like(value))
 
     def mean(self, *values: Array) -> tuple[Array, ...]:

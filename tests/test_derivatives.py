@@ -25,6 +25,7 @@ from .helpers import (
     plain,
     vector_norms,
 )
+from .test_collectives import GROUPS, KINDS, SIZES, build, mapped, way, without
 
 
 SHAPE = (3, 4, 6)
@@ -121,6 +122,72 @@ def derivatives(f, x, params, *, every=False):
     return out
 
 
+class Shared:
+    """The same for a layer over named axes, in the dimensions of `test_collectives`."""
+
+    def __init__(self, kind, levels, *, grouped=False, masked=False, dtype=jnp.float64):
+        self.kind, self.levels = KINDS[kind], way(levels)
+        self.groups = GROUPS if grouped else [[*range(SIZES["a"])]]
+        self.dims = "".join(level.dims for level in self.levels)
+        names = tuple(self.dims)
+        self.layer, self.state = build(
+            kind,
+            without("abrf", self.dims),
+            axis_name=names[0] if len(names) == 1 else names,
+            axis_index_groups=GROUPS if grouped else None,
+            epsilon=EPSILON,
+            param_dtype=dtype,
+        )
+        self.mask = None
+        if masked:
+            # Members count differently, and one of them nothing.
+            mask = np.random.default_rng(0).random([SIZES[d] for d in "abrf"]) < 0.6
+            mask[2] = False
+            self.mask = jnp.asarray(mask)
+        names = ["scale", "bias"] if self.kind.has_bias else ["scale"]
+        shape = tuple(SIZES[d] for d in without(self.kind.params, "o"))
+        self.params = {
+            name: 1 + normal(i, shape, dtype) / 4 for i, name in enumerate(names)
+        }
+
+    def data(self):
+        """Members differ in their means, and in the phases of these."""
+        dtype = self.params["scale"].dtype
+        shape = tuple(SIZES[d] for d in "abrf")
+        return normal(2, shape, dtype) + 2 * normal(3, (*shape[:2], 1, 1), dtype)
+
+    def library(self, x, params):
+        label = without(self.kind.params, "o")
+
+        def apply(params, x, mask):
+            layer = eqx.tree_at(
+                lambda layer: [getattr(layer, name) for name in params],
+                self.layer,
+                list(params.values()),
+            )
+            return (call(layer, self.state, x, mask=mask),)
+
+        f = mapped(apply, self.levels, [label, "abrf", "abrf"], ["abrf"])
+        return f(params, x, self.mask)[0]
+
+    def plain(self, x, params):
+        axes = tuple("abrf".index(d) for d in self.kind.over)
+        parts = [
+            plain(
+                x[np.array(group)],
+                axes,
+                center=self.kind.center,
+                epsilon=EPSILON,
+                mask=None if self.mask is None else self.mask[np.array(group)],
+            )
+            for group in self.groups
+        ]
+        y = jnp.concatenate(parts)[np.argsort(np.concatenate(self.groups))]
+        lay = tuple(i for i, d in enumerate("abrf") if d not in self.kind.params)
+        y = y * jnp.expand_dims(params["scale"], lay)
+        return y + jnp.expand_dims(params["bias"], lay) if "bias" in params else y
+
+
 def compare(problem, *inputs, every=False):
     ours, plain = (
         jax.jit(ft.partial(derivatives, f, every=every))
@@ -185,6 +252,49 @@ def test_statistics_over_a_vmapped_axis(case):
             )
         )
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+# Levels, groups and mask.
+NAMED = [
+    ("BatchNorm", "shard:a", False, False),
+    ("BatchNorm", "unchecked:a", False, True),
+    ("BatchNorm", "pmap:a", True, False),
+    ("BatchNorm", "shard:a", True, True),
+    ("BatchNorm", "unchecked:a", True, False),
+    ("BatchNorm", "vmap:a", True, True),
+    ("BatchNorm", "shard:a vmap:b", False, True),
+    ("LayerNorm", "shard:a", False, True),
+    ("LayerNorm", "unchecked:a", True, False),
+    ("LayerNorm", "vmap:a", True, False),
+    ("RMSNorm", "shard:a", True, False),
+    ("RMSNorm", "unchecked:a vmap:b", False, False),
+]
+
+
+@pytest.mark.parametrize(("kind", "levels", "grouped", "masked"), NAMED)
+def test_over_named_axes(kind, levels, grouped, masked):
+    with float64():
+        problem = Shared(kind, levels, grouped=grouped, masked=masked)
+        compare(problem, problem.data(), every=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "levels", "grouped", "masked"),
+    [
+        ("BatchNorm", "vmap:a", False, False),
+        ("BatchNorm", "shard:a", False, False),
+        ("BatchNorm", "pmap:a", False, True),
+        ("BatchNorm", "unchecked:a", True, True),
+        ("BatchNorm", "shard:a vmap:b", False, False),
+        ("LayerNorm", "vmap:a", True, True),
+        ("LayerNorm", "shard:a", False, False),
+        ("RMSNorm", "shard:a", False, False),
+    ],
+)
+def test_complex_over_named_axes(kind, levels, grouped, masked):
+    with float64():
+        problem = Shared(kind, levels, grouped=grouped, masked=masked, dtype=jnp.complex128)
+        compare(problem, problem.data())
 
 
 @all_norms
