@@ -95,31 +95,41 @@ def directions(args, seed):
     )
 
 
-def derivatives(f, x, params, *, every=False):
-    """First and second derivatives of all arguments, second ones mixed among them.
+def forward_over(f, args, seed=10):
+    return jax.jvp(f, args, directions(args, seed))
 
-    `every` adds those that follow from the others by JAX's own rules.
-    """
-    args = (x, params)
-    t, s = directions(args, 10), directions(args, 20)
-    loss = scalar(f)
-    along = lambda g, t: lambda *args: jax.jvp(g, args, t)[1]  # noqa: E731
-    grad = jax.grad(loss, argnums=(0, 1))
 
-    def dot(*args):
-        products = jax.tree.map(lambda a, b: jnp.sum(a * b).real, grad(*args), t)
-        return sum(jax.tree.leaves(products))
+def derivatives(f, x, params):
+    """First derivatives, and second ones mixed among all arguments, of a loss."""
+    gradient = jax.grad(scalar(f), argnums=(0, 1))
+    first, second = forward_over(gradient, (x, params))
+    return {"reverse": first, "forward over reverse": second}
 
-    out = {
-        "reverse": grad(*args),
-        "forward over reverse": along(grad, t)(*args),
+
+def of_both_modes(f, x, params):
+    """These, and those of forward mode and of reverse mode twice, with less to compile."""
+    args = x, params
+    gradient = jax.grad(scalar(f), argnums=(0, 1))
+    first, second = jax.linearize(gradient, *args)
+    along = directions(args, 10)
+    return {
+        "forward": forward_over(f, args)[1],
+        "reverse": first,
+        "forward over reverse": second(*along),
+        "reverse over reverse": jax.linear_transpose(second, *args)(along),
     }
-    if every:
-        out["reverse over forward"] = jax.grad(along(loss, t), argnums=(0, 1))(*args)
-        out["forward"] = along(f, t)(*args)
-        out["forward over forward"] = along(along(f, t), s)(*args)
-        out["reverse over reverse"] = jax.grad(dot, argnums=(0, 1))(*args)
-    return out
+
+
+def every_derivative(f, x, params):
+    """And those that follow from the others by JAX's own rules."""
+    args = x, params
+    along = lambda g, seed: lambda *args: forward_over(g, args, seed)[1]  # noqa: E731
+    slope = along(scalar(f), 10)
+    return {
+        **of_both_modes(f, x, params),
+        "reverse over forward": jax.grad(slope, argnums=(0, 1))(*args),
+        "forward over forward": along(along(f, 10), 20)(*args),
+    }
 
 
 class Shared:
@@ -188,11 +198,8 @@ class Shared:
         return y + jnp.expand_dims(params["bias"], lay) if "bias" in params else y
 
 
-def compare(problem, *inputs, every=False):
-    ours, plain = (
-        jax.jit(ft.partial(derivatives, f, every=every))
-        for f in (problem.library, problem.plain)
-    )
+def compare(problem, *inputs, of=derivatives):
+    ours, plain = (jax.jit(ft.partial(of, f)) for f in (problem.library, problem.plain))
     for x in inputs:
         found, expected = ours(x, problem.params), plain(x, problem.params)
         for name, value in expected.items():
@@ -207,7 +214,8 @@ def test_against_plain_code(case):
     """On data with and, as the epsilon leaves nothing to avoid, without variance."""
     with float64():
         constant = jnp.full(SHAPE, 3.0 if case.center else 0.0, jnp.float64)
-        compare(Problem(case), 3 + normal(0, SHAPE, jnp.float64), constant, every=True)
+        x = 3 + normal(0, SHAPE, jnp.float64)
+        compare(Problem(case), x, constant, of=every_derivative)
 
 
 @vector_norms
@@ -254,47 +262,26 @@ def test_statistics_over_a_vmapped_axis(case):
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
-# Levels, groups and mask.
+# Levels, groups, mask, and whether data is complex.
 NAMED = [
-    ("BatchNorm", "shard:a", False, False),
-    ("BatchNorm", "unchecked:a", False, True),
-    ("BatchNorm", "pmap:a", True, False),
-    ("BatchNorm", "shard:a", True, True),
-    ("BatchNorm", "unchecked:a", True, False),
-    ("BatchNorm", "vmap:a", True, True),
-    ("BatchNorm", "shard:a vmap:b", False, True),
-    ("LayerNorm", "shard:a", False, True),
-    ("LayerNorm", "unchecked:a", True, False),
-    ("LayerNorm", "vmap:a", True, False),
-    ("RMSNorm", "shard:a", True, False),
-    ("RMSNorm", "unchecked:a vmap:b", False, False),
+    ("BatchNorm", "shard:a", False, True, False),
+    ("BatchNorm", "unchecked:a", True, False, False),
+    ("BatchNorm", "vmap:a", True, True, False),
+    ("LayerNorm", "shard:a", True, False, False),
+    ("RMSNorm", "unchecked:a vmap:b", False, True, False),
+    ("BatchNorm", "shard:a", True, False, True),
+    ("BatchNorm", "pmap:a", False, True, True),
+    ("LayerNorm", "vmap:a", False, True, True),
+    ("RMSNorm", "shard:a", False, False, True),
 ]
 
 
-@pytest.mark.parametrize(("kind", "levels", "grouped", "masked"), NAMED)
-def test_over_named_axes(kind, levels, grouped, masked):
+@pytest.mark.parametrize(("kind", "levels", "grouped", "masked", "complex"), NAMED)
+def test_over_named_axes(kind, levels, grouped, masked, complex):
+    dtype = jnp.complex128 if complex else jnp.float64
     with float64():
-        problem = Shared(kind, levels, grouped=grouped, masked=masked)
-        compare(problem, problem.data(), every=True)
-
-
-@pytest.mark.parametrize(
-    ("kind", "levels", "grouped", "masked"),
-    [
-        ("BatchNorm", "vmap:a", False, False),
-        ("BatchNorm", "shard:a", False, False),
-        ("BatchNorm", "pmap:a", False, True),
-        ("BatchNorm", "unchecked:a", True, True),
-        ("BatchNorm", "shard:a vmap:b", False, False),
-        ("LayerNorm", "vmap:a", True, True),
-        ("LayerNorm", "shard:a", False, False),
-        ("RMSNorm", "shard:a", False, False),
-    ],
-)
-def test_complex_over_named_axes(kind, levels, grouped, masked):
-    with float64():
-        problem = Shared(kind, levels, grouped=grouped, masked=masked, dtype=jnp.complex128)
-        compare(problem, problem.data())
+        problem = Shared(kind, levels, grouped=grouped, masked=masked, dtype=dtype)
+        compare(problem, problem.data(), of=of_both_modes)
 
 
 @all_norms
@@ -357,8 +344,7 @@ def test_one_position_a_statistic(case):
         problem = Problem(case, shape, epsilon=0.0)
         x = normal(8, shape, jnp.float64)
         params = {**problem.params, "bias": jnp.zeros_like(problem.params["bias"])}
-        f = ft.partial(derivatives, problem.library, every=True)
-        found = jax.jit(f)(x, params)
+        found = jax.jit(ft.partial(every_derivative, problem.library))(x, params)
         for name in ("forward", "forward over forward"):
             tangent = directions((x, params), 10)[1]["bias"]
             expected = jnp.broadcast_to(tangent.reshape(1, 1, -1), shape)
