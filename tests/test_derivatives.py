@@ -39,9 +39,24 @@ def make_mask():
 
 
 class Problem:
-    """A layer as a function of input, scale and bias, and the same in plain code."""
+    """A layer as a function of input, scale and bias, and the same in plain code.
 
-    def __init__(self, case, shape=SHAPE, *, axes=None, mask=None, vmapped=False, **kwargs):
+    `given` is the shape of a scale and a bias that are given at the call. With a mask, what
+    is not finite counts as zero. In evaluation the running statistics are random numbers.
+    """
+
+    def __init__(
+        self,
+        case,
+        shape=SHAPE,
+        *,
+        axes=None,
+        mask=None,
+        vmapped=False,
+        given=None,
+        evaluation=False,
+        **kwargs,
+    ):
         self.axes = case.reduction_axes(len(shape)) if axes is None else axes
         if vmapped:
             kwargs.update(case.per_example, axis_name="batch")
@@ -49,31 +64,58 @@ class Problem:
         kwargs.setdefault("param_dtype", jnp.float64)
         kwargs.setdefault("epsilon", EPSILON)
         self.case, self.mask, self.vmapped = case, mask, vmapped
-        self.epsilon = kwargs["epsilon"]
+        self.arguments = case.evaluation if evaluation else {}
+        self.epsilon, self.offset = kwargs["epsilon"], kwargs.get("scale_offset", 0.0)
         self.layer, self.state = case.build(**kwargs)
-        names = ["scale", "bias"] if case.has_bias else ["scale"]
+        learned = {name: getattr(self.layer, name) for name in ("scale", "bias")}
         self.params = {
-            name: 1 + normal(i, getattr(self.layer, name).shape, jnp.float64) / 4
-            for i, name in enumerate(names)
+            name: 1 + normal(i, leaf.shape, jnp.float64) / 4
+            for i, (name, leaf) in enumerate(learned.items())
+            if leaf is not None
         }
+        if given is not None:
+            for seed, name in enumerate(("given scale", "given bias"), 30):
+                self.params[name] = normal(seed, given, jnp.float64)
+        self.stats = None
+        if evaluation:
+            stats = self.layer.running_stats(self.state)
+            mean = normal(40, stats.mean.shape, stats.mean.dtype)
+            var = jnp.exp(normal(41, stats.var.shape, stats.var.dtype))
+            self.stats = mean, var
+            new = eqx.tree_at(lambda stats: (stats.mean, stats.var), stats, self.stats)
+            self.state = self.state.set(self.layer.state_index, new)
 
     def library(self, x, params):
-        layer = self.layer
+        layer, arguments = self.layer, {**self.arguments, "mask": self.mask}
         for name, value in params.items():
-            layer = eqx.tree_at(lambda tree, name=name: getattr(tree, name), layer, value)
+            if name.startswith("given "):
+                arguments[name.removeprefix("given ")] = value
+            else:
+                layer = eqx.tree_at(lambda tree, n=name: getattr(tree, n), layer, value)
         if self.vmapped:
             f = lambda x: call(layer, self.state, x)  # noqa: E731
             return jax.vmap(f, axis_name="batch")(x)
-        return call(layer, self.state, x, mask=self.mask)
+        return call(layer, self.state, x, **arguments)
 
     def plain(self, x, params):
-        y = plain(x, self.axes, **self.case.formula, epsilon=self.epsilon, mask=self.mask)
-        # The feature axes are the last, in order.
-        lead = (1,) * (x.ndim - params["scale"].ndim)
-        y = y * params["scale"].reshape(lead + params["scale"].shape).astype(y.dtype)
-        if "bias" in params:
-            y = y + params["bias"].reshape(lead + params["bias"].shape).astype(y.dtype)
-        return y
+        if self.mask is not None:
+            x = jnp.where(jnp.isfinite(x), x, 0)
+        if self.stats is None:
+            formula = self.case.formula
+            y = plain(x, self.axes, **formula, epsilon=self.epsilon, mask=self.mask)
+        else:
+            mean, var = self.stats
+            deviation = jnp.sqrt(var + self.epsilon).astype(x.dtype)
+            y = (x - mean[None, None]) / deviation[None, None]
+
+        def total(name, start):
+            # The feature axes are the last, in order.
+            terms = [params[n] for n in (name, f"given {name}") if n in params]
+            terms = [t.reshape((1,) * (x.ndim - t.ndim) + t.shape) for t in terms]
+            return sum(terms, jnp.full((1,) * x.ndim, start, jnp.float64)).astype(y.dtype)
+
+        has_scale = "scale" in params or "given scale" in params
+        return y * total("scale", self.offset if has_scale else 1.0) + total("bias", 0.0)
 
 
 def scalar(f):
@@ -100,10 +142,11 @@ def forward_over(f, args, seed=10):
 
 
 def derivatives(f, x, params):
-    """First derivatives, and second ones mixed among all arguments, of a loss."""
+    """The output, and of a loss first derivatives, and second ones mixed among all
+    arguments."""
     gradient = jax.grad(scalar(f), argnums=(0, 1))
     first, second = forward_over(gradient, (x, params))
-    return {"reverse": first, "forward over reverse": second}
+    return {"output": f(x, params), "reverse": first, "forward over reverse": second}
 
 
 def of_both_modes(f, x, params):
@@ -215,7 +258,7 @@ def test_against_plain_code(case):
     with float64():
         constant = jnp.full(SHAPE, 3.0 if case.center else 0.0, jnp.float64)
         x = 3 + normal(0, SHAPE, jnp.float64)
-        compare(Problem(case), x, constant, of=every_derivative)
+        compare(Problem(case, scale_offset=0.5), x, constant, of=every_derivative)
 
 
 @vector_norms
@@ -238,6 +281,63 @@ def test_complex(case):
     with float64():
         x = 1 + 2j + normal(3, SHAPE, jnp.complex128)
         compare(Problem(case, param_dtype=jnp.complex128, use_fast_variance=False), x)
+
+
+@over(*(case for case in NORMS if case.name in ("BatchNorm", "RMSNorm")))
+def test_complex_and_masked(case):
+    with float64():
+        mask = make_mask()
+        x = jnp.where(mask, 1 + 2j + normal(3, SHAPE, jnp.complex128), jnp.nan)
+        compare(Problem(case, param_dtype=jnp.complex128, mask=mask), x)
+
+
+# The shape of scale and bias at the call, and what the layer has besides.
+GIVEN = [
+    ("BatchNorm", SHAPE, {"scale_offset": 0.5}),
+    ("LayerNorm", SHAPE, {}),
+    ("RMSNorm", SHAPE, {"use_scale": False, "scale_offset": 1.0}),
+    ("GroupNorm", SHAPE, {"use_bias": False}),
+    ("InstanceNorm", SHAPE, {"use_scale": False}),
+    ("LayerNorm", SHAPE[-1:], {"scale_offset": 0.5}),
+    ("GroupNorm", (3, 1, 6), {}),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "kwargs"), GIVEN)
+def test_scale_and_bias_given_at_the_call(name, given, kwargs):
+    """Of full size, where no product with them is small, too; and with an offset."""
+    (case,) = (case for case in NORMS if case.name == name)
+    with float64():
+        problem = Problem(case, given=given, **kwargs)
+        compare(problem, 3 + normal(0, SHAPE, jnp.float64))
+
+
+@pytest.mark.parametrize(
+    ("masked", "given", "dtype"),
+    [
+        (True, None, jnp.float64),
+        (False, SHAPE, jnp.float64),
+        (True, SHAPE[-1:], jnp.complex128),
+    ],
+)
+@over(*(case for case in NORMS if case.stateful))
+def test_evaluation(case, masked, given, dtype):
+    """Also where a mask hides what is not finite."""
+    with float64():
+        mask = make_mask() if masked else None
+        x = 1 + normal(0, SHAPE, dtype)
+        if masked:
+            bad = jnp.asarray(np.resize([np.nan, np.inf, 2.0, -np.inf], SHAPE), dtype)
+            x = jnp.where(mask, x, bad)
+        problem = Problem(
+            case,
+            mask=mask,
+            given=given,
+            evaluation=True,
+            param_dtype=dtype,
+            scale_offset=1.0,
+        )
+        compare(problem, x)
 
 
 @all_norms
