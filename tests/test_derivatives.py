@@ -203,7 +203,7 @@ class Shared:
             name: 1 + normal(i, shape, dtype) / 4 for i, name in enumerate(names)
         }
 
-    def data(self):
+    def data(self) -> jax.Array:
         """Members differ in their means, and in the phases of these."""
         dtype = self.params["scale"].dtype
         shape = tuple(SIZES[d] for d in "abrf")
@@ -326,7 +326,7 @@ def test_evaluation(case, masked, given, dtype):
     with float64():
         mask = make_mask() if masked else None
         x = 1 + normal(0, SHAPE, dtype)
-        if masked:
+        if mask is not None:
             bad = jnp.asarray(np.resize([np.nan, np.inf, 2.0, -np.inf], SHAPE), dtype)
             x = jnp.where(mask, x, bad)
         problem = Problem(
