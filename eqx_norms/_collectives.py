@@ -78,7 +78,8 @@ class Members(eqx.Module):
         """With groups: a row for each, the value in this member's, zeros in the others."""
         if self.group is None:
             return value
-        rows = np.arange(self.num_groups).reshape(-1, *[1] * value.ndim)
+        rows = np.arange(self.num_groups, dtype=np.int32)
+        rows = rows.reshape(-1, *[1] * value.ndim)
         return jnp.where(rows == self.group, value[None], jnp.zeros_like(value)[None])
 
     def own(self, rows: Array) -> Array:

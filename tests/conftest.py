@@ -14,6 +14,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 AS_FOR_USERS = {
     "test_accuracy",
     "test_benchmarks",
+    "test_core",
     "test_cost",
     "test_documents",
     "test_memory",

@@ -28,7 +28,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import eqx_norms as en
 
-from .helpers import all_norms, call, clone
+from .helpers import all_norms, bytes_kept, call, clone, float64, normal, plain, step
 
 
 SIZES = {"o": 2, "a": 4, "b": 2, "r": 3, "f": 5}
@@ -522,6 +522,126 @@ def test_bad_batch_on_one_device(levels, grouped):
         good = np.where(np.arange(SIZES["f"]) == 3, old, good[0])
         np.testing.assert_allclose(found[0], good, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(found, np.broadcast_to(found[0], found.shape))
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
+@pytest.mark.parametrize("levels", ["pmap:a", "shard:a"])
+def test_a_sum_over_devices_that_does_not_fit(levels, fast):
+    """Where its terms do, and the mean: they are divided before they are added."""
+    layer, state = eqx.nn.make_with_state(en.BatchNorm)(
+        5, axis_name="a", momentum=0.0, use_fast_variance=fast
+    )
+    x = jnp.full((4, 1, 5), 2e38)
+    run = mapped(lambda x: step(layer, state, x), way(levels), ["arf"], ["arf", "f"])
+    y, new = jax.jit(run)(x)
+    assert (y == 0).all()
+    np.testing.assert_allclose(layer.running_stats(new).mean, x[0, 0], rtol=1e-6)
+
+
+# What is the same for all members of a `vmap`, and what is not: input and mask.
+SAME = [(False, None), (False, False), (False, True), (True, False)]
+
+
+@pytest.mark.parametrize(("own_x", "own_mask"), SAME)
+@pytest.mark.parametrize("kind", ["BatchNorm", "LayerNorm"])
+def test_the_same_for_all_members(kind, own_x, own_mask):
+    """As if each had a copy: output, running statistics and gradient."""
+    members, shape = 4, (6, 5)
+    axes = (0, 1) if kind == "BatchNorm" else (0, 1, 2)
+    with float64():
+        if kind == "BatchNorm":
+            layer, state = eqx.nn.make_with_state(en.BatchNorm)(
+                5,
+                axis_name="a",
+                momentum=0.0,
+                use_unbiased_variance=True,
+                param_dtype=jnp.float64,
+            )
+        else:
+            layer, state = en.LayerNorm(5, reduction_axes=(0, 1), axis_name="a"), None
+
+        def stack(own):
+            return (members, *shape) if own else shape
+
+        x = 2 + normal(0, stack(own_x), jnp.float64)
+        weights = normal(1, (members, *shape), jnp.float64)
+        mask = None
+        if own_mask is not None:
+            mask = np.random.default_rng(0).random(stack(own_mask)) < 0.6
+            mask[..., :2, :] = True
+            mask = jnp.asarray(mask)
+
+        def library(x):
+            return eqx.filter_vmap(
+                lambda x, mask: step(layer, state, x, mask=mask),
+                in_axes=(0 if own_x else None, 0 if own_mask else None),
+                out_axes=(0, None),
+                axis_name="a",
+                axis_size=members,
+            )(x, mask)
+
+        def copies(array):
+            return jnp.broadcast_to(array, weights.shape)
+
+        def expected(x):
+            counted = True if mask is None else copies(mask)
+            return plain(copies(x), axes, epsilon=layer.epsilon, mask=counted), None
+
+        def value_and_grad(f):
+            def loss(x):
+                y, new = f(x)
+                return jnp.sum(jnp.sin(y) * weights), (y, new)
+
+            return jax.jit(jax.grad(loss, has_aux=True))(x)
+
+        dx, (y, new) = value_and_grad(library)
+        wanted_dx, (wanted, _) = value_and_grad(expected)
+        np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(dx, wanted_dx, rtol=0, atol=1e-12)
+        if isinstance(layer, en.BatchNorm):
+            stats = layer.running_stats(new)
+            data = np.ma.array(copies(x), mask=False if mask is None else ~copies(mask))
+            np.testing.assert_allclose(stats.mean, data.mean((0, 1)), rtol=1e-12)
+            np.testing.assert_allclose(stats.var, data.var((0, 1), ddof=1), rtol=1e-12)
+
+
+# What is kept for the backward pass.
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["no groups", "groups"])
+@pytest.mark.parametrize(
+    "levels", ["vmap:a", "pmap:a", "shard:a", "unchecked:a", "shard:a vmap:b"]
+)
+@all_kinds
+def test_keeps_the_input_alone(kind, levels, grouped):
+    """Through all that maps: the input as it is, in its own dtype, and little more."""
+    if grouped and "b" in levels:
+        pytest.skip("groups are along one name")
+    sizes = {**SIZES, "r": 4096, "f": 2048}
+    dims = "".join(level.dims for level in way(levels))
+    kwargs = {
+        "axis_name": tuple(dims),
+        "axis_index_groups": GROUPS if grouped else None,
+        "dtype": jnp.bfloat16,
+    }
+    state = None
+    if kind == "BatchNorm":
+        layer, state = eqx.nn.make_with_state(en.BatchNorm)(2048, **kwargs)
+    else:
+        layer = KINDS[kind].make(2048, reduction_axes=-1, **kwargs)
+    params, static = eqx.partition(layer, eqx.is_inexact_array)
+    run = mapped(
+        lambda params, x, mask: (call(eqx.combine(params, static), state, x, mask=mask),),
+        way(levels),
+        ["f", "abrf", "abrf"],
+        ["abrf"],
+    )
+    x = jax.ShapeDtypeStruct([sizes[d] for d in "abrf"], jnp.bfloat16)
+    kept = bytes_kept(lambda params, x: run(params, x, None), params, x)
+    size = x.size * x.dtype.itemsize
+    assert size <= kept <= 1.1 * size
+    mask = jax.ShapeDtypeStruct(x.shape, bool)
+    assert bytes_kept(run, params, x, mask) <= 1.1 * size + mask.size
 
 
 # Bad input. What a constructor refuses, and what has to wait for the axis.

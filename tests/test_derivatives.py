@@ -25,6 +25,7 @@ from .helpers import (
     plain,
     vector_norms,
 )
+from .test_collectives import GROUPS, KINDS, SIZES, build, mapped, way, without
 
 
 SHAPE = (3, 4, 6)
@@ -38,9 +39,24 @@ def make_mask():
 
 
 class Problem:
-    """A layer as a function of input, scale and bias, and the same in plain code."""
+    """A layer as a function of input, scale and bias, and the same in plain code.
 
-    def __init__(self, case, shape=SHAPE, *, axes=None, mask=None, vmapped=False, **kwargs):
+    `given` is the shape of a scale and a bias that are given at the call. With a mask, what
+    is not finite counts as zero. In evaluation the running statistics are random numbers.
+    """
+
+    def __init__(
+        self,
+        case,
+        shape=SHAPE,
+        *,
+        axes=None,
+        mask=None,
+        vmapped=False,
+        given=None,
+        evaluation=False,
+        **kwargs,
+    ):
         self.axes = case.reduction_axes(len(shape)) if axes is None else axes
         if vmapped:
             kwargs.update(case.per_example, axis_name="batch")
@@ -48,31 +64,58 @@ class Problem:
         kwargs.setdefault("param_dtype", jnp.float64)
         kwargs.setdefault("epsilon", EPSILON)
         self.case, self.mask, self.vmapped = case, mask, vmapped
-        self.epsilon = kwargs["epsilon"]
+        self.arguments = case.evaluation if evaluation else {}
+        self.epsilon, self.offset = kwargs["epsilon"], kwargs.get("scale_offset", 0.0)
         self.layer, self.state = case.build(**kwargs)
-        names = ["scale", "bias"] if case.has_bias else ["scale"]
+        learned = {name: getattr(self.layer, name) for name in ("scale", "bias")}
         self.params = {
-            name: 1 + normal(i, getattr(self.layer, name).shape, jnp.float64) / 4
-            for i, name in enumerate(names)
+            name: 1 + normal(i, leaf.shape, jnp.float64) / 4
+            for i, (name, leaf) in enumerate(learned.items())
+            if leaf is not None
         }
+        if given is not None:
+            for seed, name in enumerate(("given scale", "given bias"), 30):
+                self.params[name] = normal(seed, given, jnp.float64)
+        self.stats = None
+        if evaluation:
+            stats = self.layer.running_stats(self.state)
+            mean = normal(40, stats.mean.shape, stats.mean.dtype)
+            var = jnp.exp(normal(41, stats.var.shape, stats.var.dtype))
+            self.stats = mean, var
+            new = eqx.tree_at(lambda stats: (stats.mean, stats.var), stats, self.stats)
+            self.state = self.state.set(self.layer.state_index, new)
 
     def library(self, x, params):
-        layer = self.layer
+        layer, arguments = self.layer, {**self.arguments, "mask": self.mask}
         for name, value in params.items():
-            layer = eqx.tree_at(lambda tree, name=name: getattr(tree, name), layer, value)
+            if name.startswith("given "):
+                arguments[name.removeprefix("given ")] = value
+            else:
+                layer = eqx.tree_at(lambda tree, n=name: getattr(tree, n), layer, value)
         if self.vmapped:
             f = lambda x: call(layer, self.state, x)  # noqa: E731
             return jax.vmap(f, axis_name="batch")(x)
-        return call(layer, self.state, x, mask=self.mask)
+        return call(layer, self.state, x, **arguments)
 
     def plain(self, x, params):
-        y = plain(x, self.axes, **self.case.formula, epsilon=self.epsilon, mask=self.mask)
-        # The feature axes are the last, in order.
-        lead = (1,) * (x.ndim - params["scale"].ndim)
-        y = y * params["scale"].reshape(lead + params["scale"].shape).astype(y.dtype)
-        if "bias" in params:
-            y = y + params["bias"].reshape(lead + params["bias"].shape).astype(y.dtype)
-        return y
+        if self.mask is not None:
+            x = jnp.where(jnp.isfinite(x), x, 0)
+        if self.stats is None:
+            formula = self.case.formula
+            y = plain(x, self.axes, **formula, epsilon=self.epsilon, mask=self.mask)
+        else:
+            mean, var = self.stats
+            deviation = jnp.sqrt(var + self.epsilon).astype(x.dtype)
+            y = (x - mean[None, None]) / deviation[None, None]
+
+        def total(name, start):
+            # The feature axes are the last, in order.
+            terms = [params[n] for n in (name, f"given {name}") if n in params]
+            terms = [t.reshape((1,) * (x.ndim - t.ndim) + t.shape) for t in terms]
+            return sum(terms, jnp.full((1,) * x.ndim, start, jnp.float64)).astype(y.dtype)
+
+        has_scale = "scale" in params or "given scale" in params
+        return y * total("scale", self.offset if has_scale else 1.0) + total("bias", 0.0)
 
 
 def scalar(f):
@@ -94,38 +137,112 @@ def directions(args, seed):
     )
 
 
-def derivatives(f, x, params, *, every=False):
-    """First and second derivatives of all arguments, second ones mixed among them.
+def forward_over(f, args, seed=10):
+    return jax.jvp(f, args, directions(args, seed))
 
-    `every` adds those that follow from the others by JAX's own rules.
-    """
-    args = (x, params)
-    t, s = directions(args, 10), directions(args, 20)
-    loss = scalar(f)
-    along = lambda g, t: lambda *args: jax.jvp(g, args, t)[1]  # noqa: E731
-    grad = jax.grad(loss, argnums=(0, 1))
 
-    def dot(*args):
-        products = jax.tree.map(lambda a, b: jnp.sum(a * b).real, grad(*args), t)
-        return sum(jax.tree.leaves(products))
+def derivatives(f, x, params):
+    """The output, and of a loss first derivatives, and second ones mixed among all
+    arguments."""
+    gradient = jax.grad(scalar(f), argnums=(0, 1))
+    first, second = forward_over(gradient, (x, params))
+    return {"output": f(x, params), "reverse": first, "forward over reverse": second}
 
-    out = {
-        "reverse": grad(*args),
-        "forward over reverse": along(grad, t)(*args),
+
+def of_both_modes(f, x, params):
+    """These, and those of forward mode and of reverse mode twice, with less to compile."""
+    args = x, params
+    gradient = jax.grad(scalar(f), argnums=(0, 1))
+    first, second = jax.linearize(gradient, *args)
+    along = directions(args, 10)
+    return {
+        "forward": forward_over(f, args)[1],
+        "reverse": first,
+        "forward over reverse": second(*along),
+        "reverse over reverse": jax.linear_transpose(second, *args)(along),
     }
-    if every:
-        out["reverse over forward"] = jax.grad(along(loss, t), argnums=(0, 1))(*args)
-        out["forward"] = along(f, t)(*args)
-        out["forward over forward"] = along(along(f, t), s)(*args)
-        out["reverse over reverse"] = jax.grad(dot, argnums=(0, 1))(*args)
-    return out
 
 
-def compare(problem, *inputs, every=False):
-    ours, plain = (
-        jax.jit(ft.partial(derivatives, f, every=every))
-        for f in (problem.library, problem.plain)
-    )
+def every_derivative(f, x, params):
+    """And those that follow from the others by JAX's own rules."""
+    args = x, params
+    along = lambda g, seed: lambda *args: forward_over(g, args, seed)[1]  # noqa: E731
+    slope = along(scalar(f), 10)
+    return {
+        **of_both_modes(f, x, params),
+        "reverse over forward": jax.grad(slope, argnums=(0, 1))(*args),
+        "forward over forward": along(along(f, 10), 20)(*args),
+    }
+
+
+class Shared:
+    """The same for a layer over named axes, in the dimensions of `test_collectives`."""
+
+    def __init__(self, kind, levels, *, grouped=False, masked=False, dtype=jnp.float64):
+        self.kind, self.levels = KINDS[kind], way(levels)
+        self.groups = GROUPS if grouped else [[*range(SIZES["a"])]]
+        self.dims = "".join(level.dims for level in self.levels)
+        names = tuple(self.dims)
+        self.layer, self.state = build(
+            kind,
+            without("abrf", self.dims),
+            axis_name=names[0] if len(names) == 1 else names,
+            axis_index_groups=GROUPS if grouped else None,
+            epsilon=EPSILON,
+            param_dtype=dtype,
+        )
+        self.mask = None
+        if masked:
+            # Members count differently, and one of them nothing.
+            mask = np.random.default_rng(0).random([SIZES[d] for d in "abrf"]) < 0.6
+            mask[2] = False
+            self.mask = jnp.asarray(mask)
+        names = ["scale", "bias"] if self.kind.has_bias else ["scale"]
+        shape = tuple(SIZES[d] for d in without(self.kind.params, "o"))
+        self.params = {
+            name: 1 + normal(i, shape, dtype) / 4 for i, name in enumerate(names)
+        }
+
+    def data(self) -> jax.Array:
+        """Members differ in their means, and in the phases of these."""
+        dtype = self.params["scale"].dtype
+        shape = tuple(SIZES[d] for d in "abrf")
+        return normal(2, shape, dtype) + 2 * normal(3, (*shape[:2], 1, 1), dtype)
+
+    def library(self, x, params):
+        label = without(self.kind.params, "o")
+
+        def apply(params, x, mask):
+            layer = eqx.tree_at(
+                lambda layer: [getattr(layer, name) for name in params],
+                self.layer,
+                list(params.values()),
+            )
+            return (call(layer, self.state, x, mask=mask),)
+
+        f = mapped(apply, self.levels, [label, "abrf", "abrf"], ["abrf"])
+        return f(params, x, self.mask)[0]
+
+    def plain(self, x, params):
+        axes = tuple("abrf".index(d) for d in self.kind.over)
+        parts = [
+            plain(
+                x[np.array(group)],
+                axes,
+                center=self.kind.center,
+                epsilon=EPSILON,
+                mask=None if self.mask is None else self.mask[np.array(group)],
+            )
+            for group in self.groups
+        ]
+        y = jnp.concatenate(parts)[np.argsort(np.concatenate(self.groups))]
+        lay = tuple(i for i, d in enumerate("abrf") if d not in self.kind.params)
+        y = y * jnp.expand_dims(params["scale"], lay)
+        return y + jnp.expand_dims(params["bias"], lay) if "bias" in params else y
+
+
+def compare(problem, *inputs, of=derivatives):
+    ours, plain = (jax.jit(ft.partial(of, f)) for f in (problem.library, problem.plain))
     for x in inputs:
         found, expected = ours(x, problem.params), plain(x, problem.params)
         for name, value in expected.items():
@@ -140,7 +257,8 @@ def test_against_plain_code(case):
     """On data with and, as the epsilon leaves nothing to avoid, without variance."""
     with float64():
         constant = jnp.full(SHAPE, 3.0 if case.center else 0.0, jnp.float64)
-        compare(Problem(case), 3 + normal(0, SHAPE, jnp.float64), constant, every=True)
+        x = 3 + normal(0, SHAPE, jnp.float64)
+        compare(Problem(case, scale_offset=0.5), x, constant, of=every_derivative)
 
 
 @vector_norms
@@ -165,6 +283,63 @@ def test_complex(case):
         compare(Problem(case, param_dtype=jnp.complex128, use_fast_variance=False), x)
 
 
+@over(*(case for case in NORMS if case.name in ("BatchNorm", "RMSNorm")))
+def test_complex_and_masked(case):
+    with float64():
+        mask = make_mask()
+        x = jnp.where(mask, 1 + 2j + normal(3, SHAPE, jnp.complex128), jnp.nan)
+        compare(Problem(case, param_dtype=jnp.complex128, mask=mask), x)
+
+
+# The shape of scale and bias at the call, and what the layer has besides.
+GIVEN = [
+    ("BatchNorm", SHAPE, {"scale_offset": 0.5}),
+    ("LayerNorm", SHAPE, {}),
+    ("RMSNorm", SHAPE, {"use_scale": False, "scale_offset": 1.0}),
+    ("GroupNorm", SHAPE, {"use_bias": False}),
+    ("InstanceNorm", SHAPE, {"use_scale": False}),
+    ("LayerNorm", SHAPE[-1:], {"scale_offset": 0.5}),
+    ("GroupNorm", (3, 1, 6), {}),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "kwargs"), GIVEN)
+def test_scale_and_bias_given_at_the_call(name, given, kwargs):
+    """Of full size, where no product with them is small, too; and with an offset."""
+    (case,) = (case for case in NORMS if case.name == name)
+    with float64():
+        problem = Problem(case, given=given, **kwargs)
+        compare(problem, 3 + normal(0, SHAPE, jnp.float64))
+
+
+@pytest.mark.parametrize(
+    ("masked", "given", "dtype"),
+    [
+        (True, None, jnp.float64),
+        (False, SHAPE, jnp.float64),
+        (True, SHAPE[-1:], jnp.complex128),
+    ],
+)
+@over(*(case for case in NORMS if case.stateful))
+def test_evaluation(case, masked, given, dtype):
+    """Also where a mask hides what is not finite."""
+    with float64():
+        mask = make_mask() if masked else None
+        x = 1 + normal(0, SHAPE, dtype)
+        if mask is not None:
+            bad = jnp.asarray(np.resize([np.nan, np.inf, 2.0, -np.inf], SHAPE), dtype)
+            x = jnp.where(mask, x, bad)
+        problem = Problem(
+            case,
+            mask=mask,
+            given=given,
+            evaluation=True,
+            param_dtype=dtype,
+            scale_offset=1.0,
+        )
+        compare(problem, x)
+
+
 @all_norms
 def test_statistics_over_a_vmapped_axis(case):
     """Outside an inner `jit` too, where a collective in a custom rule has no name."""
@@ -185,6 +360,28 @@ def test_statistics_over_a_vmapped_axis(case):
             )
         )
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+# Levels, groups, mask, and whether data is complex.
+NAMED = [
+    ("BatchNorm", "shard:a", False, True, False),
+    ("BatchNorm", "unchecked:a", True, False, False),
+    ("BatchNorm", "vmap:a", True, True, False),
+    ("LayerNorm", "shard:a", True, False, False),
+    ("RMSNorm", "unchecked:a vmap:b", False, True, False),
+    ("BatchNorm", "shard:a", True, False, True),
+    ("BatchNorm", "pmap:a", False, True, True),
+    ("LayerNorm", "vmap:a", False, True, True),
+    ("RMSNorm", "shard:a", False, False, True),
+]
+
+
+@pytest.mark.parametrize(("kind", "levels", "grouped", "masked", "complex"), NAMED)
+def test_over_named_axes(kind, levels, grouped, masked, complex):
+    dtype = jnp.complex128 if complex else jnp.float64
+    with float64():
+        problem = Shared(kind, levels, grouped=grouped, masked=masked, dtype=dtype)
+        compare(problem, problem.data(), of=of_both_modes)
 
 
 @all_norms
@@ -247,8 +444,7 @@ def test_one_position_a_statistic(case):
         problem = Problem(case, shape, epsilon=0.0)
         x = normal(8, shape, jnp.float64)
         params = {**problem.params, "bias": jnp.zeros_like(problem.params["bias"])}
-        f = ft.partial(derivatives, problem.library, every=True)
-        found = jax.jit(f)(x, params)
+        found = jax.jit(ft.partial(every_derivative, problem.library))(x, params)
         for name in ("forward", "forward over forward"):
             tangent = directions((x, params), 10)[1]["bias"]
             expected = jnp.broadcast_to(tangent.reshape(1, 1, -1), shape)
