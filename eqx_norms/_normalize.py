@@ -83,8 +83,8 @@ def _plus(*terms: Any) -> Any:
     return functools.reduce(operator.add, present) if present else None
 
 
-def _or_zeros(tangent: Any, primal: Array) -> Array:
-    return jnp.zeros_like(primal) if tangent is None else tangent
+def _or(tangent: Any, zeros: Any) -> Any:
+    return zeros if tangent is None else tangent
 
 
 def _times(a: Any, *factors: Any) -> Any:
@@ -146,7 +146,7 @@ def _standardize(
             settings.reduction,
             members,
             subtract_mean=settings.subtract_mean,
-            about_mean=not settings.use_fast_variance or settings.reduction.over_rows(x),
+            fast=settings.use_fast_variance,
         )
     own = jax.tree.map(members.own, rows)
     return _apply(settings, x, mask, scale, bias, own), rows
@@ -172,21 +172,15 @@ def _tangent(
     dx, dscale, dbias = (_total(t, wide) for t in ((dx,), dscale, dbias))
 
     a = e = None
-    drows = jax.tree.map(jnp.zeros_like, rows)
     if are_given:
-        if dgiven is not None:
-            drows = jax.tree.map(_or_zeros, dgiven, rows, is_leaf=lambda t: t is None)
-            a, e = dgiven.mean, _times(dgiven.var, 0.5)
+        a, e = dgiven.mean, _times(dgiven.var, 0.5)
     elif dx is not None:
         t = counted(mask, dx)
-        values = (real_product(d, t),)
-        *first, e = means(
-            reduction, members, rows.count, *((t,) * settings.subtract_mean), *values
-        )
-        drows = drows._replace(var=2 * e)
-        if first:
-            (a,) = first
-            drows = drows._replace(mean=a)
+        values = (t,) * settings.subtract_mean + (real_product(d, t),)
+        *first, e = means(reduction, members, rows.count, *values)
+        a = first[0] if first else None
+    drows = jax.tree.map(jnp.zeros_like, rows)
+    drows = Moments(_or(a, drows.mean), _or(_times(e, 2), drows.var), drows.count)
     a, e = (
         None if row is None else reduction.spread(members.own(row), x).astype(wide)
         for row in (a, e)

@@ -14,7 +14,7 @@ d = x - shift instead, in one of two ways:
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,11 +74,6 @@ class Reduction(NamedTuple):
         """Whether it is over the last axis of `x` alone."""
         return self.axes == (x.ndim - 1,) and self.groups is None
 
-    def can_slice(self, x: Array) -> bool:
-        """Whether JAX slices `x` along the axes: not along one that is sharded on an
-        `Explicit` mesh."""
-        return not is_sharded(x, self.axes)
-
     def position(self, x: Array) -> Array:
         """The first position along the axes: of size 1 there, all of `x` along others."""
         limits = [1 if axis in self.axes else n for axis, n in enumerate(x.shape)]
@@ -121,7 +116,7 @@ def means(
     return tuple(_per(total, size if count is None else count) for total in sums)
 
 
-def _per(total: Array, count: Array | int) -> Array:
+def _per(total: Array, count: Any) -> Array:
     if isinstance(count, jax.Array):
         count = jnp.maximum(count, 1).astype(total.dtype)
     return total / count
@@ -135,33 +130,38 @@ def moments(
     members: Members,
     *,
     subtract_mean: bool,
-    about_mean: bool,
+    fast: bool,
 ) -> Moments:
-    """The moments of `x` over all members, computed in `dtype`."""
+    """The moments of `x` over all members, computed in `dtype`. `fast` allows a position."""
     if mask is None and x.size == 0:
         mask = jnp.zeros(x.shape, bool)
-    narrow, x = x, x.astype(dtype)
+    wide, count = x.astype(dtype), None
+    # XLA's GPU code keeps a row at hand for one sum after the other, not for two at a time.
+    one_by_one = reduction.over_rows(x) and not members.mesh_names
     vmapped = members.indices and members.group is None
-    has_position = (reduction.axes or vmapped) and reduction.can_slice(x)
-    if mask is None and subtract_mean and not about_mean and has_position:
+    may_slice = (reduction.axes or vmapped) and not is_sharded(x, reduction.axes)
+    if subtract_mean and fast and mask is None and may_slice and not one_by_one:
         # Sliced before the cast: compilers may write, or read again, all of the cast `x`.
         # Averaged over axes of size 1 too: XLA would split a slice over devices as `x` is.
-        position, others = members.first(reduction.position(narrow))
+        position, others = members.first(reduction.position(x))
         (shift,) = means(reduction, others, None, position.astype(dtype))
-        d = x - reduction.spread(members.own(shift), x)
-        offset, square = means(reduction, members, None, d, abs_square(d))
-        # Squares that overflow are infinite, and the difference would not be a number.
-        rest = jnp.maximum(square - abs_square(offset), 0)
-        return Moments(shift + offset, jnp.where(square < jnp.inf, rest, square))
-    first = counted(mask, x if subtract_mean else abs_square(x))
-    if mask is None:
-        count, (mean,) = None, means(reduction, members, None, first)
     else:
-        # What is counted travels with what is added up.
-        total, count = members.sum(reduction.sum(first), reduction.count(mask, x))
-        mean = _per(total, count)
-    if not subtract_mean:
-        return Moments(None, mean, count)
-    d = counted(mask, x - reduction.spread(members.own(mean), x))
-    (var,) = means(reduction, members, count, abs_square(d))
-    return Moments(mean, var, count)
+        value = counted(mask, wide if subtract_mean else abs_square(wide))
+        if mask is None:
+            (shift,) = means(reduction, members, None, value)
+        else:
+            # How many are counted travels with what is added up.
+            local = reduction.sum(value), reduction.count(mask, wide)
+            total, count = members.sum(*local)
+            shift = _per(total, count)
+        if not subtract_mean:
+            return Moments(None, shift, count)
+    d = counted(mask, wide - reduction.spread(members.own(shift), x))
+    if one_by_one:
+        (var,) = means(reduction, members, count, abs_square(d))
+        return Moments(shift, var, count)
+    # Where the shift is the mean, its rounding is made good here.
+    offset, square = means(reduction, members, count, d, abs_square(d))
+    # Squares that overflow are infinite, and the difference would not be a number.
+    var = jnp.where(square < jnp.inf, jnp.maximum(square - abs_square(offset), 0), square)
+    return Moments(shift + offset, var, count)

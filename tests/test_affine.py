@@ -4,7 +4,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from eqx_norms._affine import check_num_features, init_affine
+from eqx_norms._affine import init_affine
+from eqx_norms._checks import check_num_features
 
 from .helpers import NORMS, all_norms, call, normal, over, randomize, reference
 

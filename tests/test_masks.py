@@ -101,7 +101,8 @@ def test_against_plain_code(case, shape):
             )
         )
     )(x)
-    np.testing.assert_allclose(only, expected, rtol=1e-4, atol=1e-5)
+    # Where two positions count, large gradients of opposite sign remain of almost nothing.
+    np.testing.assert_allclose(only, expected, rtol=1e-4, atol=1e-4)
     assert np.isfinite(dx).all()
     assert (np.asarray(dx)[~np.isfinite(x)] == 0).all()
 
