@@ -118,6 +118,11 @@ def update(how: Step, old: Stats, rows: Moments) -> Stats:
     good = jnp.isfinite(mean) & jnp.isfinite(var) & (count > 0)
     keep = _weight_of_old(how, old, count)
     if pooled:
+        # Before anything is counted, the old ones are not these data's.
+        fresh = good & (old.count == 0)
+        old = PooledStats(
+            jnp.where(fresh, mean, old.mean), jnp.where(fresh, var, old.var), old.count
+        )
         var = var + keep * abs_square(mean - old.mean)
     added = jnp.where(good, count if pooled else 1, 0).astype(old.count.dtype)
 

@@ -347,14 +347,6 @@ def float64():
         yield
 
 
-@contextlib.contextmanager
-def elsewhere():
-    """For the library, as on an accelerator. Nothing traced before may be called within."""
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(jax, "default_backend", lambda: "gpu")
-        yield
-
-
 def bytes_kept(f: Callable[..., Any], *args: Any) -> int:
     """What `jax.vjp` under `jit` keeps for the backward pass, parameters included."""
     _, backward = jax.eval_shape(jax.jit(lambda *args: jax.vjp(f, *args)), *args)

@@ -4,13 +4,8 @@ import numpy as np
 import pytest
 
 import eqx_norms as en
-from eqx_norms._axes import (
-    canonicalize_axes,
-    from_features,
-    other_axes,
-    to_features,
-    to_rank,
-)
+from eqx_norms._axes import from_features, other_axes, to_features, to_rank
+from eqx_norms._checks import canonicalize_axes, check_broadcasts
 
 from .helpers import along, normal, randomize, reference
 
@@ -57,7 +52,7 @@ def test_other_axes():
 def test_features_there_and_back(axes):
     x = jnp.zeros((2, 3, 4, 5))
     array = normal(0, tuple(x.shape[axis] for axis in axes))
-    laid_out = to_features(array, axes, x)
+    laid_out = to_features(array, axes, x.ndim)
     assert np.array_equal(laid_out, along(array, axes, x.ndim))
     assert np.array_equal(from_features(laid_out, axes), array)
 
@@ -66,14 +61,15 @@ def test_to_rank():
     x = jnp.zeros((4, 3))
     for shape in ((), (3,), (1,), (4, 1), (4, 3)):
         array = jnp.ones(shape)
-        laid_out = to_rank(array, x, layer="Layer", argument="mask")
+        check_broadcasts(array, x, layer="Layer", argument="mask")
+        laid_out = to_rank(array, x.ndim)
         assert laid_out.ndim == 2
         assert np.broadcast_shapes(laid_out.shape, x.shape) == x.shape
     for shape in ((4,), (2, 3), (1, 4, 3), (2, 4, 3)):
         with pytest.raises(
             ValueError, match=r"Layer: `mask` of shape .* does not broadcast"
         ):
-            to_rank(jnp.ones(shape), x, layer="Layer", argument="mask")
+            check_broadcasts(jnp.ones(shape), x, layer="Layer", argument="mask")
 
 
 # The axes of the layers. All sizes differ, so that no two axes can be mistaken.

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import eqx_norms as en
-from eqx_norms._dtypes import check_dtype, promote, real_dtype, result_dtype
+from eqx_norms._checks import check_dtype
+from eqx_norms._dtypes import promote, real_dtype, result_dtype
 
 from .helpers import (
     Norm,

@@ -141,8 +141,7 @@ def test_many_batches_and_a_generator():
 def test_more_positions_than_an_int32():
     total, number = _NOTHING, 2**31 - 1
     for value in (1.0, 4.0, 1.0):
-        mean, var, rest = (jnp.array([a]) for a in (value, 2.0, 0.0))
-        stats = PooledStats(mean, var, jnp.array([number]), rest)
+        stats = PooledStats(jnp.array([value]), jnp.array([2.0]), jnp.array([number]))
         total = _merge(total, jax.device_get(stats))
     np.testing.assert_array_equal(total.positions, 3 * number)
     np.testing.assert_allclose(total.mean, 2.0)
@@ -328,7 +327,8 @@ def test_large_mean():
     bn, state = build(use_fast_variance=True)
     x = [b / 5 + 10000 for b in data()]
     new = en.recalibrate(bn, state, x, jitted)
-    assert_stats(bn.running_stats(new), *joined(x))
+    # Each batch's mean is rounded to float32: by 5e-4, with deviations of about one.
+    assert_stats(bn.running_stats(new), *joined(x), rtol=1e-3)
 
 
 def test_bfloat16_input():
@@ -477,7 +477,8 @@ def test_training_pools_nothing():
 
     f(bn, clone(state), data()[0])
     en.recalibrate(bn, state, data()[:1], f)
-    assert ["concatenate" in program for program in programs] == [False, True]
+    training, pooling = programs
+    assert training.count("\n") < pooling.count("\n")
 
 
 # The progress bar.
