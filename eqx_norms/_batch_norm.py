@@ -9,13 +9,22 @@ from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
 from ._axes import other_axes
 from ._checks import check_axes, check_momentum
-from ._collectives import ALONE, bound_members
+from ._collectives import bound_members
 from ._layer import AbstractNorm
+from ._normalize import normalize
 from ._running import RunningStats, Step, get_stats, init_stats, update
 from ._state import get_state, needs_state, set_state
 from ._statistics import Moments, Reduction
 from ._trees import find_nodes, map_nodes
-from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
+from ._types import (
+    AnyArray,
+    Axes,
+    AxisIndexGroups,
+    AxisName,
+    DTypeLike,
+    Initializer,
+    Shape,
+)
 
 
 Model = TypeVar("Model")
@@ -198,13 +207,12 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         running = get_stats(
             state, self.state_index, self._features(), self.axis, layer=name
         )
-        inputs = self._inputs(x, mask, scale, bias, running.mean.shape)
-        axes = inputs.feature_axes
+        inputs, settings = self._check(x, mask, scale, bias, running.mean.shape)
         if self.frozen or (
             self.inference if use_running_average is None else use_running_average
         ):
             given = Moments(running.mean, running.var)
-            return self._normalize(inputs, Reduction(()), ALONE, given)[0], state
+            return normalize(settings, inputs._replace(moments=given))[0], state
 
         members = bound_members(self.axis_name, self.axis_index_groups, layer=name)
         if jnp.iscomplexobj(inputs.x) and not jnp.iscomplexobj(running.mean):
@@ -213,18 +221,17 @@ class BatchNorm(AbstractNorm, StatefulLayer):
                 f"that of complex input of dtype {inputs.x.dtype}. Give the layer a "
                 "complex `param_dtype`."
             )
-        reduction = Reduction(other_axes(axes, inputs.x.ndim))
-        if not reduction.axes and self.axis_name is None:
+        if not settings.reduction.axes and self.axis_name is None:
             raise ValueError(
                 f"{name}: an input of shape {inputs.x.shape} with features along "
-                f"`axis={axes}` has no axis left to take statistics over. Give a batch; "
-                "or, for one example inside `jax.vmap(..., axis_name='batch')`, make the "
-                "layer with `axis_name='batch'`."
+                f"`axis={settings.feature_axes}` has no axis left to take statistics over. "
+                "Give a batch; or, for one example inside `jax.vmap(..., "
+                "axis_name='batch')`, make the layer with `axis_name='batch'`."
             )
-        y, rows = self._normalize(inputs, reduction, members)
+        y, rows = normalize(settings, inputs._replace(members=members))
         step = Step(
-            feature_axes=axes,
-            size=reduction.size(inputs.x.shape) * members.size,
+            feature_axes=settings.feature_axes,
+            size=settings.reduction.size(inputs.x.shape) * members.size,
             grouped=self.axis_index_groups is not None,
             momentum=self.momentum,
             unbiased=self.use_unbiased_variance,
@@ -235,6 +242,9 @@ class BatchNorm(AbstractNorm, StatefulLayer):
 
     def _layout(self) -> tuple[str, tuple[int, ...]]:
         return "axis", self.axis
+
+    def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
+        return Reduction(other_axes(feature_axes, len(shape)))
 
     def running_stats(self, state: State) -> RunningStats:
         """The running statistics that `state` holds for this layer."""

@@ -55,8 +55,8 @@ class Members(eqx.Module):
             for part in ((value.real, value.imag) if jnp.iscomplexobj(value) else (value,))
         ]
         stacked = jnp.stack(parts)
-        # Inside `shard_map` with its default checks, `psum` refuses what does not vary along
-        # each of its axes. What is computed with the index varies along all of them.
+        # Inside `shard_map` with its default checks `psum` refuses an array that does not
+        # vary along each of the axes. One that the index is added to varies along all.
         zero = 0 * lax.axis_index(self.mesh_names)
         sums = iter(lax.psum(stacked + zero.astype(stacked.dtype), self.mesh_names))
         return tuple(

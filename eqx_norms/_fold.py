@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from equinox.nn import State
 
-from ._checks import as_tuple
 from ._batch_norm import BatchNorm
+from ._checks import as_tuple
 from ._dtypes import cast, promote
 
 

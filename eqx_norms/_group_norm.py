@@ -8,9 +8,8 @@ from jaxtyping import PRNGKeyArray
 from ._axes import example_axes
 from ._checks import canonicalize_axes, check_axes, check_integers, check_num_features
 from ._layer import AbstractExampleNorm
-from ._standardize import Inputs
 from ._statistics import Reduction
-from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
+from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
 
 
 class GroupNorm(AbstractExampleNorm):
@@ -153,22 +152,20 @@ class GroupNorm(AbstractExampleNorm):
     def _layout(self) -> tuple[str, tuple[int, ...]]:
         return "feature_axis", (self.feature_axis,)
 
-    def _reduction(self, inputs: Inputs) -> Reduction:
-        name = type(self).__name__
-        (feature_axis,) = inputs.feature_axes
-        if self.reduction_axes is None:
-            axes = example_axes(
-                self.batch_axes, inputs.feature_axes, inputs.x.ndim, layer=name
-            )
+    def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
+        name, axes = type(self).__name__, self.reduction_axes
+        (feature_axis,) = feature_axes
+        if axes is None:
+            axes = example_axes(self.batch_axes, feature_axes, len(shape), layer=name)
         else:
             axes = canonicalize_axes(
-                self.reduction_axes, inputs.x.ndim, layer=name, argument="reduction_axes"
+                axes, len(shape), layer=name, argument="reduction_axes"
             )
             if feature_axis not in axes:
                 raise ValueError(
                     f"{name}: `reduction_axes={self.reduction_axes}` must have the "
                     f"`feature_axis={self.feature_axis}` among them, for an input of shape "
-                    f"{inputs.x.shape}."
+                    f"{shape}."
                 )
             axes = tuple(axis for axis in axes if axis != feature_axis)
         return Reduction(axes, (feature_axis, self.num_groups))

@@ -6,9 +6,8 @@ from jaxtyping import PRNGKeyArray
 from ._axes import example_axes
 from ._checks import check_axes
 from ._layer import AbstractExampleNorm
-from ._standardize import Inputs
 from ._statistics import Reduction
-from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
+from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
 
 
 class InstanceNorm(AbstractExampleNorm):
@@ -118,13 +117,13 @@ class InstanceNorm(AbstractExampleNorm):
     def _layout(self) -> tuple[str, tuple[int, ...]]:
         return "feature_axes", self.feature_axes
 
-    def _reduction(self, inputs: Inputs) -> Reduction:
+    def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
         name = type(self).__name__
-        axes = example_axes(self.batch_axes, inputs.feature_axes, inputs.x.ndim, layer=name)
+        axes = example_axes(self.batch_axes, feature_axes, len(shape), layer=name)
         if not axes and self.axis_name is None:
             raise ValueError(
-                f"{name}: an input of shape {inputs.x.shape} with batch axes "
-                f"{self.batch_axes} and feature axes {inputs.feature_axes} has no axis "
+                f"{name}: an input of shape {shape} with batch axes {self.batch_axes} and "
+                f"feature axes {feature_axes} has no axis "
                 "left to take statistics over. For a single example use `batch_axes=()`."
             )
         return Reduction(axes)

@@ -22,9 +22,10 @@ from ._checks import (
     check_num_features,
     check_scale_offset,
 )
-from ._collectives import Members, bound_members
-from ._standardize import Inputs, check_inputs
-from ._statistics import Moments, Reduction
+from ._collectives import bound_members
+from ._normalize import normalize
+from ._standardize import check_inputs
+from ._statistics import Inputs, Reduction, Settings
 from ._types import AnyArray, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
 
 
@@ -74,9 +75,7 @@ class AbstractNorm(eqx.Module):
             None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
         )
         self.axis_name = check_names(axis_name, layer=name)
-        self.axis_index_groups = check_groups(
-            axis_index_groups, self.axis_name, layer=name
-        )
+        self.axis_index_groups = check_groups(axis_index_groups, self.axis_name, layer=name)
         self.use_fast_variance = use_fast_variance
         self.scale_offset = check_scale_offset(scale_offset, layer=name)
         return shape
@@ -93,16 +92,20 @@ class AbstractNorm(eqx.Module):
     def _layout(self) -> tuple[str, tuple[int, ...]]:
         """What the layer calls its feature axes, and which they are."""
 
-    def _inputs(
+    @abstractmethod
+    def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
+        """What the statistics of an input of this shape are over."""
+
+    def _check(
         self,
         x: AnyArray,
         mask: AnyArray | None,
         scale: AnyArray | None,
         bias: AnyArray | None,
         features: Shape | None,
-    ) -> Inputs:
-        """The arguments of a call, checked. `features` is the feature shape that is
-        required, `None` if any will do."""
+    ) -> tuple[Inputs, Settings]:
+        """The arrays of a call, checked, and all else that matters of it. `features` is the
+        feature shape that is required, `None` if any will do."""
         name = type(self).__name__
         argument, axes = self._layout()
         x = jnp.asarray(x)
@@ -114,7 +117,7 @@ class AbstractNorm(eqx.Module):
                 f"got {received} in an input of shape {x.shape}. Check `num_features`, and "
                 f"that `{argument}` says where the features are."
             )
-        return check_inputs(
+        inputs, dtype = check_inputs(
             x,
             mask,
             (self.scale, scale),
@@ -123,31 +126,19 @@ class AbstractNorm(eqx.Module):
             dtype=self.dtype,
             layer=name,
         )
-
-    def _normalize(
-        self,
-        inputs: Inputs,
-        reduction: Reduction,
-        members: Members,
-        given: Moments | None = None,
-    ) -> tuple[Array, Moments]:
-        return inputs.normalize(
-            reduction,
-            members,
-            given,
-            epsilon=self.epsilon,
-            scale_offset=self.scale_offset,
-            subtract_mean=self._subtract_mean,
-            use_fast_variance=self.use_fast_variance,
+        return inputs, Settings(
+            self._reduction(x.shape, axes),
+            axes,
+            dtype,
+            self.epsilon,
+            self.scale_offset,
+            self._subtract_mean,
+            self.use_fast_variance,
         )
 
 
 class AbstractExampleNorm(AbstractNorm):
     """A layer whose statistics are those of its input alone."""
-
-    @abstractmethod
-    def _reduction(self, inputs: Inputs) -> Reduction:
-        """What the statistics are over."""
 
     @overload
     def __call__(
@@ -207,13 +198,13 @@ class AbstractExampleNorm(AbstractNorm):
         del key
         name = type(self).__name__
         with jax.named_scope(f"eqx_norms.{name}"):
-            inputs = self._inputs(x, mask, scale, bias, self._features())
-            reduction = self._reduction(inputs)
-            if not reduction.axes and reduction.groups is None and self.axis_name is None:
+            inputs, settings = self._check(x, mask, scale, bias, self._features())
+            axes, groups = settings.reduction
+            if not axes and groups is None and self.axis_name is None:
                 raise ValueError(
                     f"{name}: no axis to take statistics over in an input of shape "
                     f"{inputs.x.shape}. Name one in `reduction_axes`, or an `axis_name`."
                 )
             members = bound_members(self.axis_name, self.axis_index_groups, layer=name)
-            y, _ = self._normalize(inputs, reduction, members)
+            y, _ = normalize(settings, inputs._replace(members=members))
         return y if state is None else (y, state)

@@ -1,7 +1,7 @@
-r"""`(x - mean) / sqrt(var + epsilon) * scale + bias`: the only normalisation in the library.
+r"""`(x - mean) / sqrt(var + epsilon) * scale + bias`: the only normalisation there is.
 
-With `inv = 1 / sqrt(var + epsilon)` and `z = (x - mean) * inv` it is `y = z * scale + bias`.
-Its derivative, for tangents `dx`, `dscale`, `dbias` and moments that are those of `x`:
+With `inv = 1 / sqrt(var + epsilon)` and `z = (x - mean) * inv` it is `z * scale + bias`.
+Its derivative `dy`, for tangents `dx`, `dscale`, `dbias` and the moments of `x` itself:
 
 - The mean is linear in `x`, so `dmean = a` with `a = E[dx]`.
 - The variance is E|x - mean|^2, so `dvar = 2 e` with `e = E[(x - mean) dx]`. (`dmean` does
@@ -26,7 +26,7 @@ reverse mode, where `jax.custom_vjp` would give up forward mode and second deriv
 
 import functools
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,232 +36,152 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from ._axes import feature_shape, to_features, to_rank
-from ._collectives import Members
 from ._dtypes import cast, real_dtype
-from ._statistics import Moments, Reduction, counted, means, moments, real_product
-
-
-class Settings(NamedTuple):
-    """What is known of a call before there is data."""
-
-    reduction: Reduction
-    feature_axes: tuple[int, ...]
-    # Of the arithmetic, and of the result.
-    compute_dtype: np.dtype
-    dtype: np.dtype
-    epsilon: float
-    scale_offset: float = 0.0
-    subtract_mean: bool = True
-    use_fast_variance: bool = True
+from ._statistics import Inputs, Moments, Settings, counted, means, moments, real_product
 
 
 def _deviation(
-    settings: Settings, x: Array, mask: Array | None, own: Moments
+    settings: Settings, inputs: Inputs, rows: Moments
 ) -> tuple[Array, Array, Array | None]:
     """`x - mean`, `inv`, and which positions are left as they are: one that the mask
     excludes and that would not come out finite is taken for zero."""
+    x, spread = inputs.x.astype(settings.wide(inputs.x)), settings.reduction.spread
+    own = jax.tree.map(inputs.members.own, rows)
     v, tiny = own.var + settings.epsilon, jnp.finfo(own.var.dtype).tiny
     if settings.epsilon > tiny:
         inv = lax.rsqrt(v)
     else:
         # Without variance there is nothing to scale up: such data comes out as zero.
         inv = jnp.where(v > tiny, lax.rsqrt(jnp.where(v > tiny, v, 1)), 0)
-    if own.count is not None:
-        inv = jnp.where(own.count > 0, inv, 0)
-    inv = settings.reduction.spread(inv, x).astype(x.dtype)
-    mean = None if own.mean is None else settings.reduction.spread(own.mean, x)
-    d = x if mean is None else x - mean
-    if mask is None:
+    if own.number is not None:
+        inv = jnp.where(own.number > 0, inv, 0)
+    inv = spread(inv, x).astype(x.dtype)
+    mean = jnp.zeros_like(inv) if own.mean is None else spread(own.mean, x)
+    d = x if own.mean is None else x - mean
+    if inputs.mask is None:
         return d, inv, None
-    valid = mask | jnp.isfinite(d * inv)
-    zero = jnp.zeros_like(d) if mean is None else jnp.broadcast_to(-mean, d.shape)
-    return jnp.where(valid, d, zero), inv, valid
+    valid = inputs.mask | jnp.isfinite(d * inv)
+    return jnp.where(valid, d, -mean), inv, valid
 
 
-def _plus(*terms: Any) -> Any:
-    present = [term for term in terms if term is not None]
-    return functools.reduce(operator.add, present) if present else None
-
-
-def _or(tangent: Any, zeros: Any) -> Any:
-    return zeros if tangent is None else tangent
-
-
-def _times(a: Any, *factors: Any) -> Any:
-    return None if a is None else functools.reduce(operator.mul, factors, a)
-
-
-def _total(terms: tuple[Any, ...], dtype: np.dtype, offset: float = 0.0) -> Any:
-    """The learned and the given one. Their sum may be larger than each of them, so it is
-    taken within the rule, which keeps them apart."""
-    total = _plus(*(None if term is None else term.astype(dtype) for term in terms))
+def _total(terms: tuple[Array | None, ...], dtype: np.dtype, offset: float = 0.0) -> Any:
+    """The sum of what there is, or `None`. It may be larger than each term; so it is taken
+    within the rule, which keeps the terms."""
+    present = [term.astype(dtype) for term in terms if term is not None]
+    total = functools.reduce(operator.add, present) if present else None
     return total if total is None or offset == 0 else total + offset
 
 
 def _is_small(scale: Array | None, inv: Array) -> bool:
-    """Whether their product is no larger than one of them."""
-    if scale is None:
-        return True
-    sizes = list(zip(scale.shape, inv.shape, strict=True))
-    return all(n == 1 or m != 1 for n, m in sizes) or all(m == 1 or n != 1 for n, m in sizes)
-
-
-def _apply(
-    settings: Settings,
-    x: Array,
-    mask: Array | None,
-    scale: tuple[Array | None, ...],
-    bias: tuple[Array | None, ...],
-    own: Moments,
-) -> Array:
-    wide = settings.compute_dtype
-    total_scale = _total(scale, wide, settings.scale_offset)
-    d, inv, _ = _deviation(settings, x.astype(wide), mask, own)
-    if total_scale is None:
-        y = d * inv
-    elif _is_small(total_scale, inv):
-        y = d * (inv * total_scale)
-    else:
-        y = d * inv * total_scale
-    return _plus(y, _total(bias, wide)).astype(settings.dtype)
+    """Whether `inv * scale` is no larger than one of them."""
+    pairs = [] if scale is None else list(zip(scale.shape, inv.shape, strict=True))
+    return all(n == 1 or m != 1 for n, m in pairs) or all(
+        m == 1 or n != 1 for n, m in pairs
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _standardize(
-    settings: Settings,
-    x: Array,
-    mask: Array | None,
-    scale: tuple[Array | None, ...],
-    bias: tuple[Array | None, ...],
-    given: Moments | None,
-    members: Members,
-) -> tuple[Array, Moments]:
-    """The result, and the moments: those given, or those of `x`."""
-    rows = given
+def _standardize(settings: Settings, inputs: Inputs) -> tuple[Array, Moments]:
+    """The result, and the moments that it was normalised with."""
+    wide, rows = settings.wide(inputs.x), inputs.moments
     if rows is None:
-        rows = moments(
-            x,
-            settings.compute_dtype,
-            mask,
-            settings.reduction,
-            members,
-            subtract_mean=settings.subtract_mean,
-            fast=settings.use_fast_variance,
-        )
-    own = jax.tree.map(members.own, rows)
-    return _apply(settings, x, mask, scale, bias, own), rows
+        rows = moments(settings, inputs)
+    d, inv, _ = _deviation(settings, inputs, rows)
+    scale = _total(inputs.scale, wide, settings.scale_offset)
+    bias = _total(inputs.bias, wide)
+    if _is_small(scale, inv):
+        y = d * (inv if scale is None else inv * scale)
+    else:
+        y = d * inv * scale
+    return (y if bias is None else y + bias).astype(settings.dtype), rows
 
 
 def _tangent(
-    settings: Settings,
-    are_given: bool,
-    kept: tuple[Any, ...],
-    dx: Array | None,
-    dscale: tuple[Array | None, ...],
-    dbias: tuple[Array | None, ...],
-    dgiven: Moments | None,
+    settings: Settings, kept: Inputs, rows: Moments, dx: Any, tangents: Any
 ) -> tuple[Array, Moments]:
-    """The derivative of `_standardize`. A tangent that is zero is `None`."""
-    x, mask, scale, rows, members = kept
-    reduction, wide = settings.reduction, settings.compute_dtype
-    d, inv, valid = _deviation(
-        settings, x.astype(wide), mask, jax.tree.map(members.own, rows)
-    )
-    z = d * inv
-    scale = _total(scale, wide, settings.scale_offset)
-    dx, dscale, dbias = (_total(t, wide) for t in ((dx,), dscale, dbias))
+    """The derivative of `_standardize`. `dx` is `None` where it is zero."""
+    reduction, wide = settings.reduction, settings.wide(kept.x)
+    d, inv, valid = _deviation(settings, kept, rows)
+    z, scale = d * inv, _total(kept.scale, wide, settings.scale_offset)
+    dscale, dbias = (_total(t, wide) for t in (tangents.scale, tangents.bias))
+    dx = None if dx is None else dx.astype(wide)
 
-    a = e = None
-    if are_given:
-        a, e = dgiven.mean, _times(dgiven.var, 0.5)
-    elif dx is not None:
-        t = counted(mask, dx)
-        values = (t,) * settings.subtract_mean + (real_product(d, t),)
-        *first, e = means(reduction, members, rows.count, *values)
-        a = first[0] if first else None
     drows = jax.tree.map(jnp.zeros_like, rows)
-    drows = Moments(_or(a, drows.mean), _or(_times(e, 2), drows.var), drows.count)
-    a, e = (
-        None if row is None else reduction.spread(members.own(row), x).astype(wide)
-        for row in (a, e)
+    if tangents.moments is not None:
+        drows = jax.tree.map(jnp.add, drows, tangents.moments)
+    elif dx is not None:
+        t = counted(kept.mask, dx)
+        values = (t,) * settings.subtract_mean + (real_product(d, t),)
+        *a, e = means(settings, kept, rows.number, *values)
+        drows = Moments(a[0] if a else None, 2 * e, drows.number)
+    a, e2 = (
+        0 if t is None else reduction.spread(kept.members.own(t), d).astype(wide)
+        for t in (drows.mean, drows.var)
     )
-    b = _times(e, inv)
+    b = e2 / 2 * inv
 
-    if dx is not None and valid is not None:
-        dx = jnp.where(valid, dx, jnp.zeros_like(dx))
+    dx = 0 if dx is None else counted(valid, dx)
+    dscale, dbias = (0 if t is None else t for t in (dscale, dbias))
     if _is_small(scale, inv):
         f = inv if scale is None else inv * scale
-        slope = _plus(dscale, _times(b, -f))
-        dy = _plus(_times(dx, f), _times(slope, z), dbias, _times(a, -f))
+        dy = dx * f + z * (dscale - b * f) + (dbias - a * f)
     else:
-        dz = _plus(dx, _times(a, -1), _times(b, -z))
-        dy = _plus(_times(dz, inv, scale), _times(dscale, z), dbias)
-    dy = jnp.zeros_like(z) if dy is None else jnp.broadcast_to(dy, z.shape)
-    return dy.astype(settings.dtype), drows
+        dy = (dx - a - z * b) * inv * scale + z * dscale + dbias
+    return jnp.broadcast_to(dy, z.shape).astype(settings.dtype), drows
 
 
 def _rule(settings, primals, tangents):
-    x, mask, scale, _, given, members = primals
-    y, rows = _standardize(settings, *primals)
-    kept = (x, mask, scale, rows, members)
-    dx, _, dscale, dbias, dgiven, _ = jax.tree.map(
-        lambda t: None if isinstance(t, SymbolicZero) else t,
-        tangents,
+    (inputs,), (tangents,) = primals, tangents
+    y, rows = _standardize(settings, inputs)
+    dx = None if isinstance(tangents.x, SymbolicZero) else tangents.x
+    # Of what is zero a number will do, and takes no memory.
+    tangents = jax.tree.map(
+        lambda t: jnp.zeros((), t.aval.dtype) if isinstance(t, SymbolicZero) else t,
+        tangents._replace(x=None, mask=None, members=None),
         is_leaf=lambda t: isinstance(t, SymbolicZero),
     )
-    tangent = functools.partial(_tangent, settings, given is not None)
-    # The default, `prevent_cse=True`, keeps to what is given to it. Without, what is kept
-    # between the passes would be up to XLA.
-    linear = tangent
-    if settings.reduction.over_rows(x) and dx is not None and jax.tree.leaves(dscale):
-        # XLA's CPU code does one pass over rows, or one over columns, at a time. There the
-        # backward pass takes 1.5 to 4 times as long if the gradients of `x` and of scale
-        # and bias share what they compute; on GPUs and TPUs the same reading serves both.
+    kept = inputs._replace(bias=(), moments=None)
+    tangent = functools.partial(_tangent, settings)
 
-        def apart(kept, dx, dscale, dbias, dgiven):
-            part = jax.checkpoint(tangent)
-            of_x = part(kept, dx, (), (), dgiven)
-            of_parameters = part(kept, None, dscale, dbias, None)
-            return jax.tree.map(operator.add, of_x, of_parameters)
+    # XLA's CPU code makes one pass over rows, or one over columns, at a time. Its backward
+    # pass takes 1.5 to 4 times as long where the gradient of `x` and those of scale and
+    # bias share what they compute. On a GPU or a TPU they share a reading.
+    def apart(kept, rows, dx, tangents):
+        part = jax.checkpoint(tangent)
+        of_x = part(kept, rows, dx, tangents._replace(scale=(), bias=()))
+        of_parameters = part(kept, rows, None, tangents._replace(moments=None))
+        return jax.tree.map(operator.add, of_x, of_parameters)
 
-        def linear(*args):
+    def linear(*args):
+        if settings.reduction.over_rows(inputs.x) and jax.tree.leaves(inputs.scale):
             return lax.platform_dependent(*args, cpu=apart, default=tangent)
+        return tangent(*args)
 
-    return (y, rows), jax.checkpoint(linear)(kept, dx, dscale, dbias, dgiven)
+    # By default, `prevent_cse=True`: what is kept is not for XLA to choose.
+    return (y, rows), jax.checkpoint(linear)(kept, rows, dx, tangents)
 
 
 _standardize.defjvp(_rule, symbolic_zeros=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def normalize(
-    settings: Settings,
-    x: Array,
-    mask: Array | None,
-    scale: tuple[Array | None, ...],
-    bias: tuple[Array | None, ...],
-    given: Moments | None,
-    members: Members,
-) -> tuple[Array, Moments]:
-    """Normalises `x` with its own moments, or with those given.
+def normalize(settings: Settings, inputs: Inputs) -> tuple[Array, Moments]:
+    """Normalises with the moments of `x`, or with those given, and returns them too.
 
-    The mask and each scale and bias have the feature shape, or broadcast to `x`; moments
-    that are given have the feature shape.
-
-    All of it is one `jax.jit`: a call outside of any other is one dispatch, and layers that
-    are alike are traced once.
+    Scale, bias and given moments have the feature shape; scale, bias and mask may broadcast
+    to `x`. All of it is one `jax.jit`: a call outside of any other is one dispatch, and
+    layers that are alike are traced once.
     """
-    axes = settings.feature_axes
+    x, axes, wide = inputs.x, settings.feature_axes, settings.wide(inputs.x)
 
     def lay_out(array):
         if array.shape == feature_shape(x.shape, axes):
             return to_features(array, axes, x.ndim)
         return to_rank(array, x.ndim)
 
-    mask = None if mask is None else to_rank(mask, x.ndim)
-    scale, bias, given = jax.tree.map(lay_out, (scale, bias, given))
+    mask = None if inputs.mask is None else to_rank(inputs.mask, x.ndim)
+    scale, bias, given = jax.tree.map(lay_out, (inputs.scale, inputs.bias, inputs.moments))
     if given is not None:
-        # Statistics may be of another width than what is computed in.
-        wide = settings.compute_dtype
+        # They may be of another width than what is computed in.
         given = Moments(cast(given.mean, wide), cast(given.var, real_dtype(wide)))
-    return _standardize(settings, x, mask, scale, bias, given, members)
+    return _standardize(settings, Inputs(x, mask, scale, bias, given, inputs.members))

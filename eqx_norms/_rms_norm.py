@@ -7,9 +7,8 @@ from jaxtyping import PRNGKeyArray
 
 from ._checks import canonicalize_axes, check_axes
 from ._layer import AbstractExampleNorm
-from ._standardize import Inputs
 from ._statistics import Reduction
-from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
+from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
 
 
 class RMSNorm(AbstractExampleNorm):
@@ -112,11 +111,8 @@ class RMSNorm(AbstractExampleNorm):
     def _layout(self) -> tuple[str, tuple[int, ...]]:
         return "feature_axes", self.feature_axes
 
-    def _reduction(self, inputs: Inputs) -> Reduction:
-        axes = canonicalize_axes(
-            self.reduction_axes,
-            inputs.x.ndim,
-            layer=type(self).__name__,
-            argument="reduction_axes",
+    def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
+        name, axes = type(self).__name__, self.reduction_axes
+        return Reduction(
+            canonicalize_axes(axes, len(shape), layer=name, argument="reduction_axes")
         )
-        return Reduction(axes)

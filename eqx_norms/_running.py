@@ -120,8 +120,10 @@ def update(how: Step, old: Stats, rows: Moments) -> Stats:
     if pooled:
         # Before anything is counted, the old ones are not these data's.
         fresh = good & (old.count == 0)
-        old = PooledStats(
-            jnp.where(fresh, mean, old.mean), jnp.where(fresh, var, old.var), old.count
+        old = eqx.tree_at(
+            lambda old: (old.mean, old.var),
+            old,
+            (jnp.where(fresh, mean, old.mean), jnp.where(fresh, var, old.var)),
         )
         var = var + keep * abs_square(mean - old.mean)
     added = jnp.where(good, count if pooled else 1, 0).astype(old.count.dtype)
@@ -152,7 +154,7 @@ def _over_groups(
     rows: Moments, size: int, *, unbiased: bool, between: bool
 ) -> tuple[Array, Array, Array]:
     """Mean, variance and count of all groups of members together, each group weighted by
-    its count. `unbiased` divides each variance by one less than its count, where that is not
+    its count. `unbiased` divides a variance by one less than the count, where that is not
     zero; `between` adds the variance of the groups' means."""
     mean, var, count = rows
     assert mean is not None

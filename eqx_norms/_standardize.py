@@ -1,4 +1,4 @@
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,51 +17,26 @@ from ._checks import (
     check_names,
     check_scale_offset,
 )
-from ._collectives import Members, bound_members
-from ._dtypes import promote, result_dtype
-from ._normalize import Settings, normalize
-from ._statistics import Moments, Reduction
+from ._collectives import bound_members
+from ._dtypes import result_dtype
+from ._normalize import normalize
+from ._statistics import Inputs, Reduction, Settings
 from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike
 
 
-class Inputs(NamedTuple):
-    """The arrays of a call, checked, and the dtypes that follow from them."""
-
-    x: Array
-    mask: Array | None
-    # The learned and the given one, to be added up.
-    scale: tuple[Array | None, Array | None]
-    bias: tuple[Array | None, Array | None]
-    feature_axes: tuple[int, ...]
-    # Of the arithmetic, and of the result.
-    compute_dtype: np.dtype
-    dtype: np.dtype
-
-    def normalize(
-        self,
-        reduction: Reduction,
-        members: Members,
-        given: Moments | None = None,
-        **settings: Any,
-    ) -> tuple[Array, Moments]:
-        static = Settings(
-            reduction, self.feature_axes, self.compute_dtype, self.dtype, **settings
-        )
-        arrays = self.x, self.mask, self.scale, self.bias
-        return normalize(static, *arrays, given, members)
-
-
 def check_inputs(
-    x: AnyArray,
-    mask: AnyArray | None,
-    scale: tuple[AnyArray | None, AnyArray | None],
-    bias: tuple[AnyArray | None, AnyArray | None],
+    x: Array,
+    mask: Any,
+    scale: tuple[Any, Any],
+    bias: tuple[Any, Any],
     *,
     feature_axes: tuple[int, ...],
     dtype: np.dtype | None,
     layer: str,
-) -> Inputs:
-    x, mask, scale, bias = jax.tree.map(jnp.asarray, (x, mask, scale, bias))
+) -> tuple[Inputs, np.dtype]:
+    """The arrays of a call, checked, and the dtype of its result. Of the scales and biases
+    the first is the layer's own, the second that of the call."""
+    mask, scale, bias = jax.tree.map(jnp.asarray, (mask, scale, bias))
     if mask is not None:
         check_mask(mask, layer=layer)
         check_broadcasts(mask, x, layer=layer, argument="mask")
@@ -69,9 +44,7 @@ def check_inputs(
     for argument, (_, given) in (("scale", scale), ("bias", bias)):
         if given is not None and given.shape != features:
             check_broadcasts(given, x, layer=layer, argument=argument)
-    dtype = result_dtype(dtype, x, *scale, *bias, layer=layer)
-    compute_dtype = promote(x.dtype, dtype, jnp.float32)
-    return Inputs(x, mask, scale, bias, feature_axes, compute_dtype, dtype)
+    return Inputs(x, mask, scale, bias), result_dtype(dtype, x, *scale, *bias, layer=layer)
 
 
 def standardize(
@@ -89,8 +62,10 @@ def standardize(
     axis_index_groups: AxisIndexGroups = None,
     dtype: DTypeLike | None = None,
 ) -> Inexact[Array, "*shape"]:
-    r"""Normalises an array by its mean and variance over some of its axes: the function that
-    the layers are made of, for layers of your own, query-key norms and adaptive norms.
+    r"""Normalises an array by its mean and variance over some of its axes.
+
+    This is the function that the layers are made of: for layers of your own, query-key
+    norms and adaptive norms.
 
     $$y = \frac{x - \mathbb{E}[x]}{\sqrt{\text{Var}[x] + \varepsilon}} * \gamma + \beta$$
 
@@ -138,22 +113,25 @@ def standardize(
     names = check_names(axis_name, layer=name)
     groups = check_groups(axis_index_groups, names, layer=name)
     dtype = None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
-    inputs = check_inputs(
+    x = jnp.asarray(x)
+    inputs, dtype = check_inputs(
         x, mask, (None, scale), (None, bias), feature_axes=(), dtype=dtype, layer=name
     )
     axes = check_axes(axes, layer=name, argument="axes")
-    axes = canonicalize_axes(axes, inputs.x.ndim, layer=name, argument="axes")
+    axes = canonicalize_axes(axes, x.ndim, layer=name, argument="axes")
     if not axes and names is None:
         raise ValueError(
-            f"{name}: no axis to take statistics over in an input of shape "
-            f"{inputs.x.shape}. Name one in `axes`, or an `axis_name`."
+            f"{name}: no axis to take statistics over in an input of shape {x.shape}. Name "
+            "one in `axes`, or an `axis_name`."
         )
-    y, _ = inputs.normalize(
+    settings = Settings(
         Reduction(axes),
-        bound_members(names, groups, layer=name),
-        subtract_mean=subtract_mean,
-        use_fast_variance=use_fast_variance,
-        epsilon=check_epsilon(epsilon, layer=name),
-        scale_offset=check_scale_offset(scale_offset, layer=name),
+        (),
+        dtype,
+        check_epsilon(epsilon, layer=name),
+        check_scale_offset(scale_offset, layer=name),
+        subtract_mean,
+        use_fast_variance,
     )
-    return y
+    members = bound_members(names, groups, layer=name)
+    return normalize(settings, inputs._replace(members=members))[0]

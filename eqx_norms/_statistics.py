@@ -1,29 +1,33 @@
 """Mean and variance: the only statistics in the library.
 
-The variance of `x` is not E|x|^2 - |E[x]|^2: for data whose mean is a few thousand
-deviations away from zero, rounding leaves nothing of that difference. It is taken of
-d = x - shift instead, in one of two ways:
+The variance is not computed as E|x|^2 - |E[x]|^2: where the mean is a few thousand
+deviations away from zero, rounding leaves nothing of that difference. First a shift near
+the mean is subtracted. With d = x - shift,
 
-- about the mean: the shift is the mean, and var = E|d|^2. This reads `x` twice; but where
-  the statistic is over the last axis alone, compilers keep a row at hand and read it once.
-- about a position: the shift is the first position of what the statistic is over, and
-  mean = shift + E[d], var = E|d|^2 - |E[d]|^2. This reads `x` once. The difference costs the
-  variance about 1 + (shift - mean)^2 / var roundings (Chan, Golub and LeVeque, "Algorithms
-  for computing the sample variance", The American Statistician 37, 1983). One of n positions
+    mean = shift + E[d],    var = E|d|^2 - |E[d]|^2.
+
+The difference costs the variance about 1 + (shift - mean)^2 / var roundings (Chan, Golub
+and LeVeque, "Algorithms for computing the sample variance", The American Statistician 37,
+1983). The shift is one of two:
+
+- The mean, as it comes out rounded. This reads `x` twice.
+- The first position of what the statistic is over. This reads `x` once. One of n positions
   is at most sqrt(n) deviations away from their mean, and one or two as a rule.
+
+A statistic over the last axis alone is about the mean, and E[d] is taken for zero:
+compilers then keep a row at hand, and read it once.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from ._collectives import Members
-from ._dtypes import real_dtype
+from ._collectives import ALONE, Members
+from ._dtypes import promote, real_dtype
 from ._sharding import is_sharded, unshard
 from ._types import Shape
 
@@ -57,8 +61,8 @@ class Reduction(NamedTuple):
             size *= shape[axis] // number
         return size
 
-    def count(self, mask: Array, x: Array) -> Array:
-        """How many positions of `x` a mask that broadcasts to it counts."""
+    def number(self, mask: Array, x: Array) -> Array:
+        """How many positions of `x` count by a mask that broadcasts to it."""
         mask = jnp.broadcast_to(mask, x.shape)
         # A sum of float32 numbers stops to grow at 2^24.
         return self.sum(mask.astype(jnp.int32)).astype(real_dtype(x.dtype))
@@ -85,12 +89,41 @@ class Moments(NamedTuple):
     leading axis: a row for each group.
 
     - `mean`: `None` where no mean is subtracted. Then `var` is the mean square.
-    - `count`: how many positions were counted; `None` if all were.
+    - `number`: how many positions were counted; `None` if all were.
     """
 
     mean: Array | None
     var: Array
-    count: Array | None = None
+    number: Array | None = None
+
+
+class Settings(NamedTuple):
+    """What is known of a call before there is data."""
+
+    reduction: Reduction
+    feature_axes: tuple[int, ...]
+    dtype: np.dtype
+    epsilon: float
+    scale_offset: float = 0.0
+    subtract_mean: bool = True
+    use_fast_variance: bool = True
+
+    def wide(self, x: Array) -> np.dtype:
+        """What to compute in, for a result of `dtype`."""
+        return promote(x.dtype, self.dtype, jnp.float32)
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call. Scale and bias are those learned and those given, to be added
+    up; `None` stands for what there is not."""
+
+    x: Array
+    mask: Array | None = None
+    scale: tuple[Array | None, ...] = ()
+    bias: tuple[Array | None, ...] = ()
+    # In the place of the moments of `x`.
+    moments: Moments | None = None
+    members: Members = ALONE
 
 
 def real_product(a: Array, b: Array) -> Array:
@@ -107,61 +140,52 @@ def counted(mask: Array | None, x: Array) -> Array:
 
 
 def means(
-    reduction: Reduction, members: Members, count: Array | None, *values: Array
+    settings: Settings, inputs: Inputs, number: Array | None, *values: Array
 ) -> tuple[Array, ...]:
-    """The mean of each value over all members, in one collective. `count` is how many
+    """The mean of each value over all members, in one collective. `number` is how many
     positions were counted, `None` if all were; a value is zero at any other position."""
-    size = reduction.size(values[0].shape) * members.size
+    reduction, members = settings.reduction, inputs.members
     sums = members.sum(*(reduction.sum(value) for value in values))
-    return tuple(_per(total, size if count is None else count) for total in sums)
+    size = reduction.size(values[0].shape) * members.size
+    return tuple(_per(total, number, size) for total in sums)
 
 
-def _per(total: Array, count: Any) -> Array:
-    if isinstance(count, jax.Array):
-        count = jnp.maximum(count, 1).astype(total.dtype)
-    return total / count
+def _per(total: Array, number: Array | None, size: int) -> Array:
+    return total / (size if number is None else jnp.maximum(number, 1).astype(total.dtype))
 
 
-def moments(
-    x: Array,
-    dtype: np.dtype,
-    mask: Array | None,
-    reduction: Reduction,
-    members: Members,
-    *,
-    subtract_mean: bool,
-    fast: bool,
-) -> Moments:
-    """The moments of `x` over all members, computed in `dtype`. `fast` allows a position."""
+def moments(settings: Settings, inputs: Inputs) -> Moments:
+    """Mean and variance of `x` over all members, in the precision of the statistics."""
+    x, mask, members = inputs.x, inputs.mask, inputs.members
+    reduction, number = settings.reduction, None
     if mask is None and x.size == 0:
         mask = jnp.zeros(x.shape, bool)
-    wide, count = x.astype(dtype), None
-    # XLA's GPU code keeps a row at hand for one sum after the other, not for two at a time.
+    wide = x.astype(settings.wide(x))
+    # XLA's GPU code keeps a row at hand for one sum after another, not for two at a time.
     one_by_one = reduction.over_rows(x) and not members.mesh_names
     vmapped = members.indices and members.group is None
     may_slice = (reduction.axes or vmapped) and not is_sharded(x, reduction.axes)
-    if subtract_mean and fast and mask is None and may_slice and not one_by_one:
+    fast = settings.use_fast_variance and settings.subtract_mean and mask is None
+    if fast and may_slice and not one_by_one:
         # Sliced before the cast: compilers may write, or read again, all of the cast `x`.
         # Averaged over axes of size 1 too: XLA would split a slice over devices as `x` is.
         position, others = members.first(reduction.position(x))
-        (shift,) = means(reduction, others, None, position.astype(dtype))
+        others = inputs._replace(members=others)
+        (shift,) = means(settings, others, None, position.astype(wide.dtype))
     else:
-        value = counted(mask, wide if subtract_mean else abs_square(wide))
-        if mask is None:
-            (shift,) = means(reduction, members, None, value)
-        else:
-            # How many are counted travels with what is added up.
-            local = reduction.sum(value), reduction.count(mask, wide)
-            total, count = members.sum(*local)
-            shift = _per(total, count)
-        if not subtract_mean:
-            return Moments(None, shift, count)
+        # How many are counted travels with what is added up.
+        value = counted(mask, wide if settings.subtract_mean else abs_square(wide))
+        local = () if mask is None else (reduction.number(mask, wide),)
+        total, *numbers = members.sum(reduction.sum(value), *local)
+        number = numbers[0] if numbers else None
+        shift = _per(total, number, reduction.size(x.shape) * members.size)
+        if not settings.subtract_mean:
+            return Moments(None, shift, number)
     d = counted(mask, wide - reduction.spread(members.own(shift), x))
     if one_by_one:
-        (var,) = means(reduction, members, count, abs_square(d))
-        return Moments(shift, var, count)
-    # Where the shift is the mean, its rounding is made good here.
-    offset, square = means(reduction, members, count, d, abs_square(d))
+        (var,) = means(settings, inputs, number, abs_square(d))
+        return Moments(shift, var, number)
+    offset, square = means(settings, inputs, number, d, abs_square(d))
     # Squares that overflow are infinite, and the difference would not be a number.
     var = jnp.where(square < jnp.inf, jnp.maximum(square - abs_square(offset), 0), square)
-    return Moments(shift + offset, var, count)
+    return Moments(shift + offset, var, number)

@@ -10,10 +10,9 @@ from jaxtyping import Array, Inexact, PRNGKeyArray
 
 from ._affine import init_affine
 from ._axes import feature_shape, from_features
-from ._collectives import ALONE
 from ._dtypes import promote, result_dtype
-from ._standardize import Inputs
-from ._statistics import Reduction, abs_square
+from ._normalize import normalize
+from ._statistics import Inputs, Reduction, Settings, abs_square
 from ._trees import find_nodes
 from ._types import Axes, DTypeLike, Initializer
 from ._wrapped import AbstractWrapper, Layer, is_stateful
@@ -141,13 +140,11 @@ class WeightNorm(AbstractWrapper[Layer]):
         dtype = result_dtype(self.dtype, weight, scale, layer=type(self).__name__)
         wide = promote(weight.dtype, dtype, jnp.float32)
         length = jnp.ones((), wide) if scale is None else scale.astype(wide)
-        inputs = Inputs(
-            weight, None, (None, length / math.sqrt(size)), (None, None), axes, wide, dtype
+        settings = Settings(
+            reduction, axes, dtype, self.epsilon / size, subtract_mean=False
         )
-        y, _ = inputs.normalize(
-            reduction, ALONE, epsilon=self.epsilon / size, subtract_mean=False
-        )
-        return y
+        inputs = Inputs(weight, scale=(length / math.sqrt(size),))
+        return normalize(settings, inputs)[0]
 
     @jax.named_scope("eqx_norms.WeightNorm")
     def __call__(

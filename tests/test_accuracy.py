@@ -59,8 +59,8 @@ def allowance(case, x, expected, mode):
     """What is due to rounding, for each element, in the precision of the statistics.
 
     The mean is rounded, and is off by a few roundings of a sum: of data with a large mean
-    these are all that matters. Subtraction, inverse deviation and product are four roundings
-    of the output. The fast mode's variance has about 1 + distance^2 times those of a sum,
+    these are all that matters. Subtraction, inverse deviation and product are four
+    roundings of the output. The fast mode's variance has about 1 + distance^2 times those of a sum,
     where the distance is that of the first position from the mean, in deviations.
     """
     axes = case.reduction_axes(x.ndim)

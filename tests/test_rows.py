@@ -1,5 +1,5 @@
-"""Rows: the backward pass that is lowered for a CPU takes the gradient of the input and those
-of scale and bias apart, any other takes them together."""
+"""Rows: the backward pass that is lowered for a CPU takes the gradient of the input and
+those of scale and bias apart, any other takes them together."""
 
 import subprocess
 import sys

@@ -9,13 +9,10 @@ import numpy as np
 from equinox.nn import State
 from jaxtyping import Array
 
-from .._checks import as_tuple
 from .._batch_norm import BatchNorm
+from .._checks import as_tuple
 from .._dtypes import cast, promote, real_dtype
-from .._group_norm import GroupNorm
-from .._instance_norm import InstanceNorm
 from .._layer import AbstractNorm
-from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
 from .._running import RunningStats
 from .._types import Shape

@@ -7,8 +7,8 @@ import numpy as np
 from equinox.nn import State
 from jaxtyping import Array
 
-from .._checks import as_tuple
 from .._batch_norm import BatchNorm
+from .._checks import as_tuple
 from .._group_norm import GroupNorm
 from .._instance_norm import InstanceNorm
 from .._layer_norm import LayerNorm
