@@ -608,15 +608,10 @@ def test_the_same_for_all_members(kind, own_x, own_mask):
 # What is kept for the backward pass.
 
 
-@pytest.mark.parametrize("grouped", [False, True], ids=["no groups", "groups"])
-@pytest.mark.parametrize(
-    "levels", ["vmap:a", "pmap:a", "shard:a", "unchecked:a", "shard:a vmap:b"]
-)
+@pytest.mark.parametrize(("levels", "grouped"), CLOSED)
 @all_kinds
 def test_keeps_the_input_alone(kind, levels, grouped):
     """Through all that maps: the input as it is, in its own dtype, and little more."""
-    if grouped and "b" in levels:
-        pytest.skip("groups are along one name")
     sizes = {**SIZES, "r": 4096, "f": 2048}
     dims = "".join(level.dims for level in way(levels))
     kwargs = {
