@@ -136,7 +136,7 @@ def _rule(settings, primals, tangents):
     dx = None if isinstance(tangents.x, SymbolicZero) else tangents.x
     # Of what is zero a number will do, and takes no memory.
     tangents = jax.tree.map(
-        lambda t: jnp.zeros((), t.aval.dtype) if isinstance(t, SymbolicZero) else t,
+        lambda t: jnp.zeros((), t.dtype) if isinstance(t, SymbolicZero) else t,  # pyright: ignore
         tangents._replace(x=None, mask=None, members=None),
         is_leaf=lambda t: isinstance(t, SymbolicZero),
     )

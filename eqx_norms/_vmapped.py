@@ -1,9 +1,9 @@
 """The named axis of a `jax.vmap`, inside `jax.shard_map` too.
 
 JAX has `lax.psum` and `lax.axis_index` for such an axis. Inside `shard_map` with its
-default checks they fail. There the type of an array says along which mesh axes it varies, and a
-vmapped axis is no mesh axis: `psum` over its name is refused, and `axis_index` in an inner
-`jit`, `scan` or `checkpoint` claims to vary along it.
+default checks they fail. There the type of an array says along which mesh axes it varies,
+and a vmapped axis is no mesh axis: `psum` over its name is refused, and `axis_index` in an
+inner `jit`, `scan` or `checkpoint` claims to vary along it.
 
 The primitives below take no name. Each takes an array and the member's index, which is
 `lax.axis_index(name)` from outside of all rules. The one `vmap` that owns the name batches

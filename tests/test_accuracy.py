@@ -60,8 +60,8 @@ def allowance(case, x, expected, mode):
 
     The mean is rounded, and is off by a few roundings of a sum: of data with a large mean
     these are all that matters. Subtraction, inverse deviation and product are four
-    roundings of the output. The fast mode's variance has about 1 + distance^2 times those of a sum,
-    where the distance is that of the first position from the mean, in deviations.
+    roundings of the output. The fast mode's variance has about 1 + distance^2 times those
+    of a sum, where the distance is that of the first position from the mean, in deviations.
     """
     axes = case.reduction_axes(x.ndim)
     wide = np.asarray(x, np.float64)
