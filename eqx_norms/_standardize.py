@@ -88,8 +88,8 @@ def standardize(
     - `scale`, `bias`: $\gamma$ and $\beta$, each broadcastable to `x`.
     - `scale_offset`: added to `scale` in the precision of the statistics; without a `scale`
         it has no effect.
-    - `epsilon`: $\varepsilon$, added to the variance. Not negative. With zero, positions
-        without variance (in float32, of deviation below 1e-19) come out as zero, plus bias.
+    - `epsilon`: $\varepsilon$, added to the variance. Not negative. With zero, what has no
+        variance but the rounding of its mean comes out as zero, plus bias.
     - `subtract_mean`: whether to subtract the mean. If `False`, the variance is the mean
         square: a root mean square norm.
     - `use_fast_variance`: whether the variance may be taken about the first position in
