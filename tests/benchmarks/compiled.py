@@ -5,16 +5,16 @@
                                         [--dtype float32,bfloat16]
                                         [--json FILE] [--markdown]
 
-XLA compiles for an NVIDIA H200 and a TPU v5e as they are described to it: neither is needed.
-How bytes and kernels are counted is said in `hlo.py`. A platform whose compiler is not
-installed is left out. While one works on a layer, a few seconds are enough:
+XLA compiles for an NVIDIA H200 and a TPU v5e as they are described to it: neither need be
+there. How bytes and kernels are counted is said in `hlo.py`. A platform whose compiler is
+not installed is left out. While one works on a layer, a few seconds are enough:
 
     python -m tests.benchmarks.compiled --platform gpu --parts layers --layers LayerNorm
 
 layers: inference is the forward pass alone, in BatchNorm too with the batch's statistics.
 Training is two programs: the forward pass, which also writes what is kept for the backward
-pass, and the backward pass, which reads it. A TPU's compiler estimates the time of each: the
-sum over the kernels of what takes longer, arithmetic or reading and writing.
+pass, and the backward pass, which reads it. A TPU's compiler estimates the time of each:
+the sum over the kernels of what takes longer, arithmetic or reading and writing.
 
 blocks: a step of training of residual blocks, `x + relu(norm(x) @ w_in) @ w_out`, with the
 update of all parameters, in the last dtype that is asked for. Unrolled blocks stand one

@@ -107,10 +107,12 @@ def _jax_runners(layer: Functional, x: jax.Array, dy: jax.Array) -> dict[str, Ru
     leaves, structure = jax.tree.flatten((layer.params, layer.state))
 
     def forward(leaves, x):
-        return jax.tree.leaves(layer.apply(*jax.tree.unflatten(structure, leaves), x))
+        params, state = jax.tree.unflatten(structure, leaves)
+        return jax.tree.leaves(layer.apply(params, state, x))
 
     def both(leaves, x, dy):
-        return jax.tree.leaves(layer.both(*jax.tree.unflatten(structure, leaves), x, dy))
+        params, state = jax.tree.unflatten(structure, leaves)
+        return jax.tree.leaves(layer.both(params, state, x, dy))
 
     return {
         "forward": _jax_runner(forward, leaves, x),
