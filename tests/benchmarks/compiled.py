@@ -40,9 +40,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 
-# Set before JAX is imported: it is to look for no accelerator.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+if __name__ == "__main__":
+    # JAX, once imported, is not to look for an accelerator.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
 
 import jax
 import jax.extend
@@ -126,37 +126,40 @@ class Passes(NamedTuple):
     kept: int
 
 
-def passes(layer: Functional, x: jax.ShapeDtypeStruct) -> Passes:
+def passes(layer: Functional, x: Any) -> Passes:
     def training(params, state, x):
         return jax.vjp(
-            lambda params, x: layer.apply(params, state, x), params, x, has_aux=True
+            lambda x, params: layer.apply(params, state, x), x, params, has_aux=True
         )
 
     args = (layer.params, layer.state, x)
-    jaxpr, (y, vjp, _) = jax.make_jaxpr(training, return_shape=True)(*args)
-    evaluate = jax.extend.core.jaxpr_as_fun(jaxpr)
+    jaxpr, shapes = jax.make_jaxpr(training, return_shape=True)(*args)
+    y, vjp, _ = shapes
     leaves, structure = jax.tree.flatten(vjp)
-    inputs, results = (
-        list(map(id, vs)) for vs in (jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars)
-    )
-    # What is an argument already is not written.
-    written = [at for at, result in enumerate(results) if result not in inputs]
-    # The output comes first, then what is kept. The same array counts once.
-    order = results[1 : 1 + len(leaves)]
-    kept = dict(zip(order, leaves, strict=True))
+    inputs = [id(variable) for variable in jaxpr.jaxpr.invars]
+    results = [id(variable) for variable in jaxpr.jaxpr.outvars]
+    # The output comes first, then what is kept.
+    kept = results[1 : 1 + len(leaves)]
+
+    def without_inputs(values):
+        """An argument that is kept is not written once more."""
+        values = zip(results, values, strict=True)
+        return {name: value for name, value in values if name not in inputs}
 
     def forward(*args):
-        results = evaluate(*jax.tree.leaves(args))
-        return [results[at] for at in written]
+        evaluate = jax.extend.core.jaxpr_as_fun(jaxpr)
+        return without_inputs(evaluate(*jax.tree.leaves(args)))
 
-    def backward(kept, dy):
-        return jax.tree.unflatten(structure, [kept[each] for each in order])(dy)
+    def backward(args, made, dy):
+        known = dict(zip(inputs, jax.tree.leaves(args), strict=True)) | made
+        return jax.tree.unflatten(structure, [known[name] for name in kept])(dy)
 
+    sizes = dict(zip(kept, map(count_bytes, leaves), strict=True))
     return Passes(
         (layer.apply, *args),
         (forward, *args),
-        (backward, kept, y),
-        sum(count_bytes(leaf) for each, leaf in kept.items() if each not in inputs[:-1]),
+        (backward, args, without_inputs(jax.tree.leaves(shapes)), y),
+        sum(nbytes for name, nbytes in sizes.items() if name not in inputs[:-1]),
     )
 
 

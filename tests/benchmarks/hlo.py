@@ -61,8 +61,16 @@ class Instruction(NamedTuple):
     is_root: bool
 
     @property
+    def result(self) -> str:
+        """The shape of what it makes. What an instruction only starts comes after its
+        operands; but a copy comes first, and an all-reduce alone."""
+        if not self.opcode.endswith("-start") or self.opcode == "all-reduce-start":
+            return self.shape
+        return split(self.shape)[0 if self.opcode == "copy-start" else 1]
+
+    @property
     def nbytes(self) -> int:
-        return count_bytes(self.shape)
+        return count_bytes(self.result)
 
     def called(self, *names: str) -> list[str]:
         """The computations that these attributes name."""
@@ -212,8 +220,8 @@ def _taken(
     computations: Computations, each: Instruction, position: int, nbytes: int
 ) -> int:
     """What it reads of its operand at that position, which has so many bytes."""
-    if position == 0 and each.opcode in SLICES:
-        return min(nbytes, each.nbytes)
+    if position == 0 and each.opcode.removesuffix("-start") in SLICES:
+        return min(nbytes, count_bytes(each.result, on_chip=True))
     if position == 0 and each.opcode == UPDATE:
         return 0
     if each.opcode != "fusion":
@@ -235,8 +243,6 @@ def _taken(
 def _uses(inside: Computation, name: str) -> Iterator[tuple[Instruction, int]]:
     """What takes it as an operand, and as which, by this or another name."""
     for user in inside.values():
-        if user.opcode == "parameter":
-            continue
         for position, operand in enumerate(user.operands):
             if operand == name and user.opcode == "bitcast" and not user.is_root:
                 yield from _uses(inside, user.name)
@@ -258,22 +264,16 @@ def _results(inside: Computation) -> list[Instruction]:
 def _written(
     computations: Computations, computation: Computation, each: Instruction
 ) -> int:
-    shapes = split(each.shape)
     if each.opcode == UPDATE:
         return computation[each.operands[1]].nbytes
-    if each.opcode == "fusion":
-        (called,) = each.called("calls")
-        inside = computations[called]
-        total = 0
-        for shape, one in zip(shapes, _results(inside), strict=True):
-            nbytes = count_bytes(shape)
-            if one.opcode == UPDATE:
-                nbytes = min(nbytes, inside[one.operands[1]].nbytes)
-            total += nbytes
-        return total
-    if each.opcode == "copy-start":
-        return count_bytes(shapes[0])
-    if each.opcode.endswith("-start") and each.opcode != "all-reduce-start":
-        # Operands, results, and what the device notes down.
-        return count_bytes(shapes[1])
-    return each.nbytes
+    if each.opcode != "fusion":
+        return each.nbytes
+    (called,) = each.called("calls")
+    inside = computations[called]
+    total = 0
+    for shape, result in zip(split(each.shape), _results(inside), strict=True):
+        nbytes = count_bytes(shape)
+        if result.opcode == UPDATE:
+            nbytes = min(nbytes, inside[result.operands[1]].nbytes)
+        total += nbytes
+    return total
