@@ -41,8 +41,13 @@ from typing import Any, NamedTuple
 
 
 if __name__ == "__main__":
-    # JAX, once imported, is not to look for an accelerator.
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    # JAX, once imported, is not to look for an accelerator; and as none is used, several
+    # programs may compile for one at the same time.
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
 
 import jax
 import jax.extend
