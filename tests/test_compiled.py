@@ -336,6 +336,45 @@ def test_command(platform, tmp_path):
         assert f"{record['kept']:.2f}" in printed
 
 
+def test_tables(capsys):
+    def one(units, microseconds=None):
+        given = {"units": units, "kernels": 3, "conditionals": units > 4}
+        return given | {"microseconds": microseconds}
+
+    layer = {"layer": "LayerNorm", "shape": [8, 4], "layout": "NC", "dtype": "float32"}
+    layer |= {"library": "flax", "kept": 3.004}
+    sent = {"collectives": {"all-reduce": (2, 2048)}, "conditionals": 1}
+    block = {"layer": "RMSNorm", "dtype": "bfloat16", "blocks": "scanned"}
+    results = {
+        "run": {"command": "compiled", "date": "today", "seconds": 5, "versions": {}},
+        "layers": [
+            {"platform": platform, **layer}
+            | {
+                name: one(units, time)
+                for name, units in (("inference", 2), ("forward", 3.5), ("backward", 5))
+            }
+            for platform, time in (("gpu", None), ("tpu", 1234.5))
+        ],
+        "blocks": [
+            {"platform": "tpu", "library": "flax", "temporary": 8.0, "cycles": 2_500_000}
+            | (block | one(70))
+        ],
+        "devices": [
+            {"platform": "gpu", "layer": "BatchNorm", "way": "jit", "library": "vmap"}
+            | {"forward": sent, "both": "No rule for psum"}
+        ],
+    }
+    compiled.report(results, markdown=True)
+    printed = capsys.readouterr().out
+    for row in (
+        "| LayerNorm | 8x4 NC | float32 | flax | 2.00 (3) | 3.50 (3) | 5.00 (3) if | 8.50 |",
+        "| 8.50 | 3.00 | 1234 | 1234 | 1234 |",
+        "| RMSNorm | bfloat16 | scanned | flax | 70.00 (3) if | 8.00 | 2.5 |",
+        "| BatchNorm | jit | vmap | 2 all-reduce (2.0 KiB), 1 conditional | raises |",
+    ):
+        assert row in printed
+
+
 def test_unknown_names_are_said_at_once(capsys):
     for option in ("--platform", "--parts", "--layers", "--dtype"):
         with pytest.raises(SystemExit, match="2"):

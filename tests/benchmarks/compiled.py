@@ -355,7 +355,7 @@ def table_of_blocks(records: list[dict[str, Any]]) -> Table:
 def table_of_devices(records: list[dict[str, Any]]) -> Table:
     def collectives(given):
         if isinstance(given, str):
-            return "does not compile"
+            return "raises"
         texts = [
             f"{number} {kind} ({nbytes / 1024:.1f} KiB)"
             for kind, (number, nbytes) in sorted(given["collectives"].items())
