@@ -64,7 +64,6 @@ from tests.benchmarks.tables import show, track
 
 
 PLATFORMS = {"gpu": "NVIDIA H200", "tpu": "TPU v5e"}
-# In the form of XLA's `gpu_target_config`.
 H200 = pathlib.Path(__file__).with_name("h200.txtpb")
 # A GPU that is not there cannot be asked which of several kernels is the fastest.
 OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0}, "tpu": {}}
@@ -73,6 +72,7 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "libtpu", "equinox", "flax")
 # Arrays are larger than a TPU's memory on the chip, 128 MiB.
 SHAPES = {"NC": (131072, 1024), "NCHW": (128, 256, 64, 64), "NHWC": (128, 64, 64, 256)}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+WHOLE = P()
 BLOCKS, TOKENS, WIDTH, HIDDEN = 3, 65536, 1024, 4096
 DEVICES = 8
 
@@ -93,7 +93,7 @@ def mesh(platform: str, number: int = 1) -> Mesh:
     return Mesh(np.array(found.devices[:number]), ("devices",))
 
 
-def place(tree: Any, mesh: Mesh, spec: P = P()) -> Any:  # noqa: B008
+def place(tree: Any, mesh: Mesh, spec: P = WHOLE) -> Any:
     """Descriptions of such arrays on these devices."""
     on = NamedSharding(mesh, spec)
     return jax.tree.map(
@@ -141,8 +141,12 @@ def passes(layer: Functional, x: Any) -> Passes:
     jaxpr, shapes = jax.make_jaxpr(training, return_shape=True)(*args)
     y, vjp, _ = shapes
     leaves, structure = jax.tree.flatten(vjp)
-    inputs = [id(variable) for variable in jaxpr.jaxpr.invars]
-    results = [id(variable) for variable in jaxpr.jaxpr.outvars]
+    # A variable's name is the number of its first place: the order of arguments, on which
+    # the compiled program depends a little, is then the same in each run.
+    invars, outvars = jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars
+    places = [id(variable) for variable in (*invars, *outvars)]
+    inputs = range(len(invars))
+    results = [places.index(id(variable)) for variable in outvars]
     # The output comes first, then what is kept.
     kept = results[1 : 1 + len(leaves)]
 
@@ -297,8 +301,8 @@ def device_records(platform: str, layers: Sequence[str]) -> Iterator[dict[str, A
         for library, layer in libraries(cell).items():
             if way == "shard_map":
                 specs: dict[str, Any] = {
-                    "in_specs": (P(), P(), split),
-                    "out_specs": (split, P()),
+                    "in_specs": (WHOLE, WHOLE, split),
+                    "out_specs": (split, WHOLE),
                 }
                 layer = layer._replace(apply=jax.shard_map(layer.apply, mesh=on, **specs))
             args = (*place((layer.params, layer.state), on), x)
