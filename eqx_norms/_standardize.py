@@ -72,10 +72,13 @@ def standardize(
     !!! example
 
         ```python
-        # Query-key norm: each head by itself, without the mean.
-        q = en.standardize(q, subtract_mean=False, scale=scale)
+        # A query-key norm: each head by itself, without subtracting the mean.
+        q = jnp.ones((2, 5, 4, 16))
+        q = en.standardize(q, subtract_mean=False, scale=jnp.ones(16))
+
         # An adaptive norm, whose scale is predicted around one.
-        y = en.standardize(x, scale=predicted, scale_offset=1.0, bias=shift)
+        x, scale, bias = jnp.ones((2, 5, 16)), jnp.zeros((2, 1, 16)), jnp.zeros((2, 1, 16))
+        y = en.standardize(x, scale=scale, scale_offset=1.0, bias=bias)
         ```
 
     **Arguments:**
