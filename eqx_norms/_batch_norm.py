@@ -110,7 +110,8 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             average over all batches so far.
         - `epsilon`: added to the variance. Not negative. With zero, features without
             variance (in float32, of deviation below 1e-19) come out as zero, plus bias.
-        - `dtype`: of the result. By default what the input, scale and bias promote to.
+        - `dtype`: of the result. By default what the input, scale and bias promote to;
+            `"input"` for the input's own, float32 for integers and booleans.
         - `param_dtype`: of scale and bias. The running statistics are at least float32.
             Complex input needs a complex one, for the running mean.
         - `use_bias`, `use_scale`: whether there is a bias, a scale.

@@ -1,6 +1,7 @@
 """Which precision a result has, and which one it is computed in."""
 
 import math
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,11 @@ import numpy as np
 from jaxtyping import Array
 
 from ._types import DTypeLike
+
+
+# What a layer's `dtype` can be: that of the result, that of the input, or what input and
+# parameters promote to.
+ResultDType: TypeAlias = np.dtype | Literal["input"] | None
 
 
 def promote(*dtypes: DTypeLike | Array) -> np.dtype:
@@ -43,7 +49,9 @@ def check_scale_offset(scale_offset: float, *, layer: str) -> float:
     return scale_offset
 
 
-def check_dtype(dtype: DTypeLike, *, layer: str, argument: str) -> np.dtype:
+def check_dtype(
+    dtype: DTypeLike, *, layer: str, argument: str, others: str = ""
+) -> np.dtype:
     try:
         # NumPy takes `None` for float64.
         known = None if dtype is None else jnp.dtype(dtype)
@@ -51,27 +59,39 @@ def check_dtype(dtype: DTypeLike, *, layer: str, argument: str) -> np.dtype:
         known = None
     if known is None or not jnp.issubdtype(known, jnp.inexact):
         raise ValueError(
-            f"{layer}: `{argument}` must be a floating or complex dtype, got {dtype!r}."
+            f"{layer}: `{argument}` must be a floating or complex dtype{others}, got "
+            f"{dtype!r}."
         )
     return jax.dtypes.canonicalize_dtype(known)
 
 
+def check_result_dtype(dtype: DTypeLike | None, *, layer: str) -> ResultDType:
+    if dtype is None or (isinstance(dtype, str) and dtype == "input"):
+        return dtype
+    return check_dtype(dtype, layer=layer, argument="dtype", others=', "input" or `None`')
+
+
 def result_dtype(
-    dtype: np.dtype | None, x: Array, *others: Array | None, layer: str
+    dtype: ResultDType, x: Array, *others: Array | None, layer: str
 ) -> np.dtype:
-    """`dtype`, or else what the input and the parameters promote to."""
+    """The dtype of what is computed from `x` and, among `others`, the parameters."""
     promoted = promote(x.dtype, *(o for o in others if o is not None))
     if not jnp.issubdtype(promoted, jnp.inexact):
         promoted = promote(promoted, jnp.float32)
     if dtype is None:
         return promoted
-    real = not jnp.issubdtype(dtype, jnp.complexfloating)
+    if isinstance(dtype, str):
+        result = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else np.dtype(np.float32)
+    else:
+        result = dtype
+    real = not jnp.issubdtype(result, jnp.complexfloating)
     if real and jnp.issubdtype(promoted, jnp.complexfloating):
         raise ValueError(
-            f"{layer}: `dtype={dtype}` cannot hold the result, which is complex: input, "
-            f"scale and bias promote to {promoted}. Use a complex `dtype` or leave it out."
+            f"{layer}: with `dtype={dtype!s}` {result} cannot hold the result, which is "
+            f"complex: input, scale and bias promote to {promoted}. Use a complex `dtype` "
+            "or leave it out."
         )
-    return dtype
+    return result
 
 
 def real_dtype(dtype: np.dtype) -> np.dtype:

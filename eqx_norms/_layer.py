@@ -6,7 +6,6 @@ from typing import Any, ClassVar, overload
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from equinox.nn import State
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
@@ -14,8 +13,9 @@ from ._affine import check_num_features, init_affine, lay_out
 from ._axes import as_tuple, canonicalize_axes, feature_shape, to_rank
 from ._collectives import bound_members, canonicalize_groups, canonicalize_names
 from ._dtypes import (
-    check_dtype,
+    ResultDType,
     check_epsilon,
+    check_result_dtype,
     check_scale_offset,
     promote,
     result_dtype,
@@ -34,7 +34,7 @@ class AbstractNorm(eqx.Module):
     epsilon: float = eqx.field(static=True)
     scale_offset: float = eqx.field(static=True)
     # With a default they are only printed where they differ from it.
-    dtype: np.dtype | None = eqx.field(static=True, default=None, kw_only=True)
+    dtype: ResultDType = eqx.field(static=True, default=None, kw_only=True)
     axis_name: tuple[Any, ...] | None = eqx.field(static=True, default=None, kw_only=True)
     axis_index_groups: tuple[tuple[int, ...], ...] | None = eqx.field(
         static=True, default=None, kw_only=True
@@ -65,9 +65,7 @@ class AbstractNorm(eqx.Module):
         )
         self.num_features = num_features
         self.epsilon = check_epsilon(epsilon, layer=name)
-        self.dtype = (
-            None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
-        )
+        self.dtype = check_result_dtype(dtype, layer=name)
         self.axis_name = canonicalize_names(axis_name, layer=name)
         self.axis_index_groups = canonicalize_groups(
             axis_index_groups, self.axis_name, layer=name

@@ -66,7 +66,8 @@ class RMSNorm(AbstractExampleNorm):
             the order of `feature_axes`.
         - `epsilon`: added to the mean square. Not negative. With zero, positions that are
             zero come out as zero.
-        - `dtype`: of the result. By default what the input and the scale promote to.
+        - `dtype`: of the result. By default what the input and the scale promote to;
+            `"input"` for the input's own, float32 for integers and booleans.
         - `param_dtype`: of the scale.
         - `use_scale`: whether there is a scale.
         - `scale_init`: a function `(key, shape, dtype) -> array` that makes it, as in

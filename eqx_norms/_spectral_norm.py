@@ -120,8 +120,8 @@ class SpectralNorm(AbstractWrapper[Layer]):
         - `n_steps`: how many steps of power iteration a training call takes.
         - `epsilon`: lengths up to this count as zero: a weight whose largest singular value
             is no larger is not divided, and keeps its singular vectors.
-        - `dtype`: of the weights that the layer is called with, by default that of the
-            weight. The arithmetic is in float32 or wider.
+        - `dtype`: of the weights that the layer is called with. By default that of the
+            weight, and so with `"input"`. The arithmetic is in float32 or wider.
         - `param_dtype`: of the singular vectors and values, if wider than float32.
         - `error_on_non_matrix`: whether to raise for weights that are no matrices, rather
             than to take them for such.

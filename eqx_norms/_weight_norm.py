@@ -70,7 +70,8 @@ class WeightNorm(AbstractWrapper[Layer]):
             layer does.
         - `epsilon`: added to the squared length. Not negative. Zeros stay zeros.
         - `dtype`: of the weights that the layer is called with. By default what the weight
-            and its scale promote to. The arithmetic is in float32 or wider.
+            and its scale promote to; `"input"` for that of the weight, which is what is
+            normalised here. The arithmetic is in float32 or wider.
         - `param_dtype`: of the scales.
         - `where`: a function that picks one weight or several out of the layer, as in
             `equinox.tree_at`. By default each leaf that is called `weight` and has two

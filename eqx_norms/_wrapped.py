@@ -5,13 +5,12 @@ from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
-import numpy as np
 from equinox.nn import StatefulLayer, StateIndex
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array
 
 from ._axes import canonicalize_axes, check_axes, other_axes
-from ._dtypes import check_dtype, check_epsilon
+from ._dtypes import ResultDType, check_epsilon, check_result_dtype
 from ._trees import find_nodes
 from ._types import Axes, DTypeLike
 
@@ -56,7 +55,7 @@ class AbstractWrapper(StatefulLayer, Generic[Layer]):
     weights: tuple[str, ...] = eqx.field(static=True)
     feature_axes: tuple[int, ...] = eqx.field(static=True)
     epsilon: float = eqx.field(static=True)
-    dtype: np.dtype | None = eqx.field(static=True, default=None, kw_only=True)
+    dtype: ResultDType = eqx.field(static=True, default=None, kw_only=True)
 
     def _set_common(
         self,
@@ -73,9 +72,7 @@ class AbstractWrapper(StatefulLayer, Generic[Layer]):
         self.weights = choose_weights(layer, where, wrapper=name)
         self.feature_axes = check_axes(feature_axes, layer=name, argument="feature_axes")
         self.epsilon = check_epsilon(epsilon, layer=name)
-        self.dtype = (
-            None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
-        )
+        self.dtype = check_result_dtype(dtype, layer=name)
         return self._weights()
 
     def _axes(self, weight: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
