@@ -26,7 +26,23 @@ from ._types import AnyArray, AxisIndexGroups, AxisName, DTypeLike, Initializer,
 
 
 class AbstractNorm(eqx.Module):
-    """Scale, bias, and the settings that every layer has."""
+    """What `BatchNorm`, `LayerNorm`, `RMSNorm`, `GroupNorm` and `InstanceNorm` are derived
+    from, to tell them from other layers: scale, bias, and the settings that each has.
+
+    [`eqx_norms.WeightNorm`][] and [`eqx_norms.SpectralNorm`][] are none of these: in them
+    are the weights of other layers.
+
+    !!! example
+
+        ```python
+        model = [eqx.nn.Linear(4, 4, key=jax.random.key(0)), en.LayerNorm(4)]
+
+        # For `optax.adamw(..., mask=decayed)`: all parameters but those of norms.
+        is_norm = lambda node: isinstance(node, en.AbstractNorm)
+        params = eqx.filter(model, eqx.is_inexact_array)
+        decayed = jax.tree.map(lambda node: not is_norm(node), params, is_leaf=is_norm)
+        ```
+    """
 
     scale: Inexact[Array, "*features"] | None
     bias: Inexact[Array, "*features"] | None

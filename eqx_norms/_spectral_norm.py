@@ -1,4 +1,5 @@
-from collections.abc import Callable
+import functools as ft
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -12,10 +13,10 @@ from jaxtyping import Array, Float, Inexact, PRNGKeyArray
 from ._axes import check_integers, shard_like
 from ._dtypes import check_dtype, promote, real_dtype, result_dtype
 from ._moments import abs_square
-from ._state import get_state, needs_state, set_state
+from ._state import get_state, initial_state, needs_state, set_state
 from ._types import Axes, DTypeLike
 from ._weight_norm import directions
-from ._wrapped import AbstractWrapper, Layer, is_stateful
+from ._wrapped import AbstractWrapper, Layer, is_stateful, over_stacks
 
 
 # Before the first call, so that evaluation is of use from the start.
@@ -243,6 +244,21 @@ class SpectralNorm(AbstractWrapper[Layer]):
         if is_stateful(self.layer):
             return self._call(new, x, state, *args, key=key, **kwargs)
         return self._call(new, x, *args, key=key, **kwargs), state
+
+    def _evaluation(self, state: State | None) -> Iterable[Array]:
+        if state is not None:
+            stats = get_state(state, self.state_index, layer=type(self).__name__)
+        else:
+            try:
+                stats = initial_state(self.state_index)
+            except ValueError:
+                raise ValueError(
+                    "SpectralNorm: has its singular vectors in the model's "
+                    "`equinox.nn.State`. Give it too: `bake(model, state)`."
+                ) from None
+        return map(
+            ft.partial(over_stacks, self._normalized), self._weights(), self.ranks, stats
+        )
 
     def spectral_stats(self, state: State) -> tuple[SpectralStats, ...]:
         """What `state` holds for this layer, weight by weight in the order of the field

@@ -12,6 +12,7 @@ from .._instance_norm import InstanceNorm
 from .._layer import AbstractNorm
 from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
+from .._trees import kind, type_name
 from .._types import AxisName
 from ._common import (
     as_num_features,
@@ -21,9 +22,7 @@ from ._common import (
     contents,
     feature_axes,
     feature_shape,
-    kind,
     running_stats,
-    type_name,
     with_init,
     with_parameters,
     with_state,
