@@ -306,9 +306,15 @@ class _Conversion:
         entries = remaining(state, old, new)
         for marker in markers(old) & entries.keys() & self.values.keys():
             entries[marker] = self.values[marker]
-        for index in find_nodes(new, StateIndex).values():
+        for path, index in find_nodes(new, StateIndex).items():
             if index.marker not in entries:
-                entries[index.marker] = initial_state(index)
+                try:
+                    entries[index.marker] = initial_state(index)
+                except ValueError:
+                    raise ValueError(
+                        f"replace_norms: there is no state for model{path}. A rule must "
+                        "return a layer with its state, `(layer, state)`."
+                    ) from None
         return eqx.nn.delete_init_state(new), with_entries(entries)
 
     def report(self) -> str:
