@@ -56,30 +56,21 @@ def bake(model: Any, state: State | None = None) -> Any:
 
     def visit(node: Any, path: KeyPath) -> Any:
         if isinstance(node, AbstractWrapper):
-            try:
-                layer = node._baked(state)
-            except ValueError as error:
-                error.add_note(f"bake: in {type(node).__name__} at model{keystr(path)}.")
-                raise
-            return visit(layer, path)
-        new = map_children(visit, node, path)
-        if isinstance(node, Shared):
-            _check(new, path)
+            return visit(node._baked(state), path)
+        if not isinstance(node, Shared):
+            return map_children(visit, node, path)
+        try:
+            new = map_children(visit, node, path)
+            eqx.filter_eval_shape(new)
+        except Exception as error:  # The functions that say what it ties are the user's.
+            raise ValueError(
+                f"bake: the `equinox.nn.Shared` at model{keystr(path)} ties what is in a "
+                "`WeightNorm` or `SpectralNorm`, which is there no longer. Bake what it "
+                f"ties in its place, `bake(shared())`: {error}"
+            ) from error
         return new
 
     new = visit(model, ())
     if state is None:
         return new
     return new, with_entries(remaining(state, wrappers, new))
-
-
-def _check(shared: Shared, path: KeyPath) -> None:
-    """Raises if the functions of a `Shared` no longer find what they tie."""
-    try:
-        eqx.filter_eval_shape(shared)
-    except Exception as error:  # They are the user's.
-        raise ValueError(
-            f"bake: the `equinox.nn.Shared` at model{keystr(path)} ties what is inside a "
-            "`WeightNorm` or `SpectralNorm`, which no longer is there. Bake what it ties, "
-            "in its place: `bake(shared())`."
-        ) from error

@@ -187,9 +187,11 @@ class _Folding:
 
     def scan(self, node: Any, path: KeyPath, why: str = "") -> None:
         """Folds what is in a node, unless there is a reason not to."""
-        if isinstance(node, (BatchNorm, eqx.nn.BatchNorm)):
+        if isinstance(node, BatchNorm):
             why = why or "it is in no `equinox.nn.Sequential`, which says what it follows"
             self.left.append(Left(path, node, why))
+        elif isinstance(node, eqx.nn.BatchNorm):
+            self.left.append(Left(path, node, "`replace_norms` makes one of ours of it"))
         elif not why and kind(node, "equinox.nn", ("Sequential",), "__call__"):
             self._scan_links(node, path)
         else:

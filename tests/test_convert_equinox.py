@@ -516,10 +516,14 @@ class ChannelNorm(eqx.Module):
 
 
 class OwnChannelNorm(ChannelNorm):
-    pass
+    def __init__(self):
+        super().__init__()
 
 
 class TwiceChannelNorm(ChannelNorm):
+    def __init__(self):
+        super().__init__()
+
     def __call__(self, x, *, key=None):
         return 2 * super().__call__(x)
 
