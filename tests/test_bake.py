@@ -199,10 +199,10 @@ def test_a_whole_model():
     model = eqx.nn.inference_mode(randomize(model))
     # Plain and compiled.
     baked, new_state = en.bake(model, state)
-    compiled = eqx.filter_jit(en.bake)(model, state)
+    compiled, compiled_state = eqx.filter_jit(en.bake)(model, state)
     expected, _ = batched(model, state, x)
     same(batched(baked, new_state, x)[0], expected)
-    same(batched(*compiled, x)[0], expected)
+    same(batched(compiled, compiled_state, x)[0], expected)
     # What is left of the state goes on in training.
     assert len(jax.tree.leaves(new_state)) == 3
     training = eqx.nn.inference_mode(baked, False)
