@@ -169,9 +169,13 @@ def replace_norms(
     !!! example
 
         ```python
+        import io
+
         make = lambda: [eqx.nn.LayerNorm(4), eqx.nn.Linear(4, 4, key=jax.random.key(0))]
-        eqx.tree_serialise_leaves("/tmp/model.eqx", make())
-        model = eqx.tree_deserialise_leaves("/tmp/model.eqx", en.replace_norms(make()))
+        file = io.BytesIO()  # or the name of one
+        eqx.tree_serialise_leaves(file, make())
+        file.seek(0)
+        model = eqx.tree_deserialise_leaves(file, en.replace_norms(make()))
         ```
 
     **Arguments:**
