@@ -548,6 +548,10 @@ class LogNormal(eqx.Module):
         return x
 
 
+class NormalizingFlow(LogNormal):
+    pass
+
+
 class NormStats(eqx.Module):
     mean: jax.Array
 
@@ -575,6 +579,7 @@ def test_what_is_left_is_listed():
             1.0,
         ),
         "pre": PreNorm(eqx.nn.LayerNorm(3), eqx.nn.Linear(3, 3, key=KEY)),
+        "ours": PreNorm(en.LayerNorm(3), eqx.nn.Linear(3, 3, key=KEY)),
         "unknown": eqx.filter_vmap(unknown()),
         "doubled": Doubled(),
     }
@@ -589,7 +594,7 @@ def test_what_is_left_is_listed():
         "with `channels=None` does not say how many features it has, which "
         "`eqx_norms.GroupNorm` must know. Make it with `channels`.",
     ]
-    for name in ("own", "no norms", "unknown", "doubled"):
+    for name in ("own", "no norms", "ours", "unknown", "doubled"):
         assert eqx.tree_equal(new[name], model[name])
 
 
@@ -770,8 +775,8 @@ def test_names_in_wrappers():
     new, lines = left_in(model)
     assert eqx.tree_equal(new[:2], model[:2])
     assert [line.partition(": ")[0] for line in lines[1:-1]] == [
-        "- equinox.nn.LayerNorm at model[0].layer",
         "- equinox.nn.WeightNorm at model[0]",
+        "- equinox.nn.LayerNorm at model[0].layer",
         "- equinox.nn.LayerNorm at model[1].layer.norm",
     ]
     with pytest.raises(

@@ -233,49 +233,49 @@ class _Conversion:
         self.rules = rules
         self.replaced: list[tuple[KeyPath, Any]] = []
         self.left: list[Left] = []
+        # How many norms there were so far, whatever became of them.
+        self.met = 0
         # By marker, what new layers keep in the place of old ones.
         self.values: dict[Any, Any] = {}
 
     def __call__(self, node: Any, path: KeyPath) -> Any:
         """A node with all norms in it replaced."""
+        met, done = self.met, len(self.replaced)
         rule = self._rule(node)
         if rule is not None:
+            self.met += 1
             new = _apply(rule, node, path)
             if new is not node:
                 self.replaced.append((path, node))
             return new
-        before = len(self.replaced), len(self.left)
-        why = None
         if _is_norm(node):
+            self.met += 1
+            left = len(self.left)
             try:
                 new = self.build(node, path)
             except _MissingState:
                 raise
             except ValueError as error:
-                # Of what is in it too: that is tried once more, by itself.
-                del self.replaced[before[0] :]
-                del self.left[before[1] :]
-                why = str(error)
+                # What is in it is tried once more, by itself.
+                del self.replaced[done:], self.left[left:]
+                self.left.append(Left(path, node, str(error)))
             else:
                 self.replaced.append((path, node))
                 return new
         new = map_children(self, node, path)
-        inside = (len(self.replaced), len(self.left)) != before
         if not _is_whole(new):
-            self.left += [
-                Left(
-                    *each,
-                    f"`{type_name(node)}` around it refers to its fields by names that "
-                    "would change. Convert the layer first, and put that around it then",
-                )
-                for each in self.replaced[before[0] :]
-            ]
-            del self.replaced[before[0] :]
+            why = (
+                f"{type_name(node)} around it refers to fields by names that would change. "
+                "Convert the layer first, and put that around it then"
+            )
+            self.left += [Left(*each, why) for each in self.replaced[done:]]
+            del self.replaced[done:]
             new = node
-        if why is None and not inside:
-            why = _resemblance(node)
+        why = _resemblance(node, self.met > met)
         if why is not None:
+            self.met += 1
             self.left.append(Left(path, node, why))
+        self.met += isinstance(node, (AbstractNorm, AbstractWrapper))
         return new
 
     def build(self, layer: Any, path: KeyPath) -> Any:
@@ -380,19 +380,23 @@ def _is_norm(node: Any) -> bool:
     return kind(node, "equinox.nn", _BUILDERS, "__call__") is not None
 
 
-def _resemblance(node: Any) -> str | None:
-    """Why something that is not converted looks like a norm, if it does."""
-    if not isinstance(node, eqx.Module) or not callable(node):
+def _resemblance(node: Any, around: bool) -> str | None:
+    """Why something looks like a norm that no builder is for, if it does; `around` norms,
+    its name may be because of these."""
+    if not isinstance(node, eqx.Module) or not callable(node) or _is_norm(node):
         return None
     if isinstance(node, (AbstractNorm, AbstractWrapper)):
         return None
     cls = base(node, "equinox.nn", _BUILDERS)
     if cls is not None:
         return f"a subclass of `equinox.nn.{cls.__name__}` with a `__call__` of its own"
-    # But no normal distribution.
-    if re.search("([Nn]orm|NORM)(?!al(?!i))", type(node).__name__):
+    if not around and _NAME.search(type(node).__name__):
         return "a class that is not of `equinox.nn`"
     return None
+
+
+# No normal distribution, and no normalizing flow.
+_NAME = re.compile("([Nn]orm|NORM)(?!al(?!i[sz](e|ation)))")
 
 
 def _is_whole(node: Any) -> bool:
