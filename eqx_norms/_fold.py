@@ -120,14 +120,15 @@ def fold_batch_norms(model: Model, state: State) -> tuple[Model, State]:
     `equinox.nn.Sequential` into that layer, as [`eqx_norms.fold_batch_norm`][] does for
     one, for evaluation.
 
-    A Sequential within another counts as its layers, one after the other. In the place of
-    the BatchNorm is then an `equinox.nn.Identity`, so that all other layers stay where they
-    are, and the model is called as before, with the state and a key if it was.
+    A Sequential within another counts as its layers, one after the other. An
+    `equinox.nn.Identity` takes the place of the BatchNorm: all other layers stay where they
+    are, and the model is called as before, with a state and a key if it was.
 
-    Each BatchNorm that is left is listed in one warning. Its neighbour may be what cannot
-    be folded into: anything but a `Linear`, `Conv` or `ConvTranspose` of `equinox.nn`. Or
-    it has none that can be seen, as in a module whose `__call__` says what follows what:
-    there `fold_batch_norm` and `equinox.tree_at` do it by hand.
+    A BatchNorm is left where what comes before it is no `Linear`, `Conv` or `ConvTranspose`
+    of `equinox.nn`; where it is in a module with a `__call__` of its own, since nothing
+    tells what it follows there (`fold_batch_norm` and `equinox.tree_at` do it by hand);
+    and where its weights are tied or normalised by what is around them. One warning lists
+    all that are left.
 
     !!! example
 
@@ -205,7 +206,7 @@ class _Folding:
     def _scan_links(self, sequence: Sequential, path: KeyPath) -> None:
         before = None
         for where, layer in _links(sequence, path):
-            if isinstance(layer, Identity):
+            if kind(layer, "equinox.nn", ("Identity",), "__call__"):
                 continue
             if isinstance(layer, BatchNorm):
                 try:
