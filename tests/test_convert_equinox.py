@@ -657,6 +657,8 @@ def test_a_rule_that_raises():
             [[ChannelNorm()]], rules={ChannelNorm: lambda layer: layer.num_features}
         )
     assert "ChannelNorm at model[0][0]: the rule" in raised.value.__notes__[0]
+    with pytest.raises(ValueError, match=r"model\[0\]: the rule for it returned `None`"):
+        convert.replace_norms([ChannelNorm()], rules={ChannelNorm: lambda layer: None})
 
 
 @pytest.mark.parametrize("rules", [{"ChannelNorm": renew}, {ChannelNorm: 3}, [renew]])

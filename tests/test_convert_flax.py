@@ -335,7 +335,9 @@ def test_not_to_flax():
         convert.to_flax_variables(norm)
     with pytest.raises(ValueError, match=r"`scale_offset=1.0` has no counterpart"):
         convert.to_flax_variables(en.RMSNorm(3, scale_offset=1.0))
-    with pytest.raises(ValueError, match=r"needs a `BatchNorm`, .* got equinox.nn._norm"):
+    with pytest.raises(
+        ValueError, match=r"needs a `BatchNorm`, .* got equinox.nn.LayerNorm"
+    ):
         convert.to_flax_variables(eqx.nn.LayerNorm(3))
     with pytest.raises(ValueError, match="an RMSNorm has no bias"):
         convert.to_flax_variables(convert.from_equinox(eqx.nn.RMSNorm(3)))

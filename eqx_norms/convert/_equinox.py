@@ -364,6 +364,11 @@ def _apply(rule: Callable[[Any], Any], layer: Any, path: KeyPath) -> Any:
         where = list_left([Left(path, layer, "the rule for it raised this.")])
         error.add_note(f"replace_norms:{where}")
         raise
+    if new is None:
+        where = list_left([Left(path, layer, "the rule for it returned `None`.")])
+        raise ValueError(
+            f"replace_norms: a rule must return a layer, or the one it was given:{where}"
+        )
     match new:
         case (made, State() as own):
             # Markers of their own: `make_with_state` gives each layer made alike the same.

@@ -89,7 +89,8 @@ def from_torch(
         `LayerNorm` and `RMSNorm` are the last ones either way.) For a `state_dict`, `like`
         says it.
     - `axis_name`: as in [`eqx_norms.BatchNorm`][], and for no other layer; `"batch"` if
-        not `batched`. For `SyncBatchNorm`, the name of the axis of devices.
+        not `batched`. For `SyncBatchNorm`, the name of the axis of devices. For a
+        `state_dict`, `like` says it.
 
     **Returns:**
 
@@ -105,6 +106,11 @@ def from_torch(
             raise ValueError(
                 "from_torch: a state dict says nothing of the layer's settings. Give a "
                 "layer of eqx_norms that has them: `from_torch(state_dict, like=layer)`."
+            )
+        if axis_name is not None:
+            raise ValueError(
+                "from_torch: `axis_name` is for a module. For a state dict make `like` "
+                "with it."
             )
         return _fill(like, source)
     if like is not None:
