@@ -63,7 +63,8 @@ class LayerNorm(AbstractExampleNorm):
             the order of `feature_axes`.
         - `epsilon`: added to the variance. Not negative. With zero, what has no variance
             but the rounding of its mean comes out as zero, plus bias.
-        - `dtype`: of the result. By default what the input, scale and bias promote to.
+        - `dtype`: of the result. By default what the input, scale and bias promote to;
+            `"input"` for the input's own, float32 for integers and booleans.
         - `param_dtype`: of scale and bias.
         - `use_bias`, `use_scale`: whether there is a bias, a scale.
         - `bias_init`, `scale_init`: functions `(key, shape, dtype) -> array` that make

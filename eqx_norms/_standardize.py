@@ -10,15 +10,15 @@ from ._checks import (
     canonicalize_axes,
     check_axes,
     check_broadcasts,
-    check_dtype,
     check_epsilon,
     check_groups,
     check_mask,
     check_names,
+    check_result_dtype,
     check_scale_offset,
 )
 from ._collectives import bound_members
-from ._dtypes import result_dtype
+from ._dtypes import ResultDType, result_dtype
 from ._normalize import normalize
 from ._statistics import Inputs, Reduction, Settings
 from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike
@@ -31,7 +31,7 @@ def check_inputs(
     bias: tuple[Any, Any],
     *,
     feature_axes: tuple[int, ...],
-    dtype: np.dtype | None,
+    dtype: ResultDType,
     layer: str,
 ) -> tuple[Inputs, np.dtype]:
     """The arrays of a call, checked, and the dtype of its result. Of the scales and biases
@@ -101,7 +101,8 @@ def standardize(
         `jax.shard_map`: mean and variance are taken over these too.
     - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of equal
         size and together all of them: each group has statistics of its own.
-    - `dtype`: of the result. By default what `x`, `scale` and `bias` promote to.
+    - `dtype`: of the result. By default what `x`, `scale` and `bias` promote to; `"input"`
+        for that of `x`, float32 for integers and booleans.
 
     **Returns:**
 
@@ -115,10 +116,10 @@ def standardize(
     name = "standardize"
     names = check_names(axis_name, layer=name)
     groups = check_groups(axis_index_groups, names, layer=name)
-    dtype = None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
+    result = check_result_dtype(dtype, layer=name)
     x = jnp.asarray(x)
     inputs, dtype = check_inputs(
-        x, mask, (None, scale), (None, bias), feature_axes=(), dtype=dtype, layer=name
+        x, mask, (None, scale), (None, bias), feature_axes=(), dtype=result, layer=name
     )
     axes = check_axes(axes, layer=name, argument="axes")
     axes = canonicalize_axes(axes, x.ndim, layer=name, argument="axes")
