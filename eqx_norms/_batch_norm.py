@@ -214,7 +214,9 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             given = Moments(running.mean, running.var)
             return normalize(settings, inputs._replace(moments=given))[0], state
 
-        members = bound_members(self.axis_name, self.axis_index_groups, layer=name)
+        members = bound_members(
+            self.axis_name, self.axis_index_groups, inputs.x, layer=name
+        )
         if jnp.iscomplexobj(inputs.x) and not jnp.iscomplexobj(running.mean):
             raise ValueError(
                 f"{name}: the running mean, of dtype {running.mean.dtype}, cannot hold "
