@@ -160,6 +160,9 @@ def _over_groups(
     assert mean is not None
     if count is None:
         count = jnp.broadcast_to(jnp.asarray(size, var.dtype), var.shape)
+    if not between:
+        # One position says nothing of a variance.
+        count = jnp.where(count > 1, count, 0)
     if unbiased:
         var = var * (count / jnp.where(count > 1, count - 1, 1))
     total = jnp.sum(count, 0, keepdims=True)

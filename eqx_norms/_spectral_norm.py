@@ -9,10 +9,10 @@ from equinox.nn import State, StateIndex
 from jax import lax
 from jaxtyping import Array, Float, Inexact, PRNGKeyArray
 
-from ._checks import check_dtype, check_integers
+from ._checks import check_dtype, check_flag, check_integers
 from ._dtypes import promote, real_dtype, result_dtype
 from ._sharding import shard_like
-from ._state import get_state, needs_state, set_state
+from ._state import check_precision, get_state, needs_state, set_state
 from ._statistics import abs_square
 from ._types import Axes, DTypeLike
 from ._weight_norm import directions
@@ -37,9 +37,8 @@ class SpectralStats(eqx.Module):
 
 
 def _sigma(weight: Array, stats: SpectralStats) -> Array:
-    u, v = (shard_like(a, weight) for a in (stats.u, stats.v))
     # Of either sign where the vectors are those of another weight.
-    return jnp.abs(jnp.sum(u.conj() * weight * v))
+    return jnp.abs(jnp.sum(stats.u.conj() * weight * stats.v))
 
 
 def _unit(vector: Array, old: Array, epsilon: float) -> Array:
@@ -59,8 +58,7 @@ def _step(
 ) -> SpectralStats:
     """One power iteration. (Sums, not products of matrices: those are in lower precision
     on accelerators, and refuse sharded weights on an Explicit mesh.)"""
-    u = shard_like(stats.u, weight)
-    v = _unit(jnp.sum(weight.conj() * u, features, keepdims=True), stats.v, epsilon)
+    v = _unit(jnp.sum(weight.conj() * stats.u, features, keepdims=True), stats.v, epsilon)
     u = _unit(jnp.sum(weight * v, others, keepdims=True), stats.u, epsilon)
     return SpectralStats(u, v, stats.sigma)
 
@@ -228,11 +226,14 @@ class SpectralNorm(AbstractWrapper[Layer]):
 
         **Raises:**
 
-        `ValueError` if `state` holds nothing for this layer; what the layer raises.
+        `ValueError` if `state` holds nothing for this layer, or in training if it is
+        narrower than float32; what the layer raises.
         """
-        stats = get_state(state, self.state_index, layer=type(self).__name__)
+        name = type(self).__name__
+        stats = get_state(state, self.state_index, layer=name)
         weights = self._weights()
-        if not self.inference if update_stats is None else update_stats:
+        if self._updates(update_stats):
+            check_precision(stats, layer=name)
             stats = tuple(
                 self._update(weight, old, self.n_steps)
                 for weight, old in zip(weights, stats, strict=True)
@@ -244,6 +245,12 @@ class SpectralNorm(AbstractWrapper[Layer]):
         if is_stateful(self.layer):
             return self._call(new, x, state, *args, key=key, **kwargs)
         return self._call(new, x, *args, key=key, **kwargs), state
+
+    def _updates(self, update_stats: bool | None) -> bool:
+        name = type(self).__name__
+        if update_stats is not None:
+            return check_flag(update_stats, layer=name, argument="update_stats")
+        return not check_flag(self.inference, layer=name, argument="inference")
 
     def spectral_stats(self, state: State) -> tuple[SpectralStats, ...]:
         """What `state` holds for this layer, weight by weight in the order of the field
