@@ -37,8 +37,9 @@ class SpectralStats(eqx.Module):
 
 
 def _sigma(weight: Array, stats: SpectralStats) -> Array:
+    u, v = (a.astype(weight.dtype) for a in (stats.u, stats.v))
     # Of either sign where the vectors are those of another weight.
-    return jnp.abs(jnp.sum(stats.u.conj() * weight * stats.v))
+    return jnp.abs(jnp.sum(u.conj() * weight * v))
 
 
 def _unit(vector: Array, old: Array, epsilon: float) -> Array:
@@ -195,7 +196,7 @@ class SpectralNorm(AbstractWrapper[Layer]):
         return SpectralStats(u, v, sigma)
 
     def _normalized(self, weight: Array, stats: SpectralStats) -> Array:
-        wide = weight.astype(promote(weight.dtype, stats.u.dtype))
+        wide = weight.astype(promote(weight.dtype, stats.u.dtype, jnp.float32))
         sigma = _sigma(wide, stats)
         sigma = jnp.where(sigma > self.epsilon, sigma, 1)
         dtype = result_dtype(self.dtype, weight, layer=type(self).__name__)

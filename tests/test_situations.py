@@ -313,74 +313,42 @@ def test_model_in_half_precision(case):
 # Flags that became arrays, and are traced.
 
 
-def device_put_and_filter_jit(layer, state, x, **flags):
-    layer, state = jax.device_put((layer, state), jax.devices()[0])
-    flags = jax.device_put(flags)
-    return eqx.filter_jit(call)(layer, state, x, **flags)
-
-
-def plain_jit(layer, state, x, **flags):
-    leaves, treedef = jax.tree.flatten(layer)
-    is_data = [isinstance(leaf, bool) or eqx.is_array(leaf) for leaf in leaves]
-    data = [leaf for leaf, good in zip(leaves, is_data, strict=True) if good]
-
-    def f(data, flags):
-        data = iter(data)
-        given = [
-            next(data) if good else leaf for leaf, good in zip(leaves, is_data, strict=True)
-        ]
-        return call(jax.tree.unflatten(treedef, given), state, x, **flags)
-
-    return jax.jit(f)(data, flags)
-
-
-def scan_carry(layer, state, x, **flags):
-    leaves, treedef = jax.tree.flatten(layer)
-    is_data = [isinstance(leaf, bool) or eqx.is_array(leaf) for leaf in leaves]
-    data = [jnp.asarray(leaf) for leaf, good in zip(leaves, is_data, strict=True) if good]
-
-    def f(carry, _):
-        data, flags = carry
-        data = iter(data)
-        given = [
-            next(data) if good else leaf for leaf, good in zip(leaves, is_data, strict=True)
-        ]
-        call(jax.tree.unflatten(treedef, given), state, x, **flags)
-        return carry, None
-
-    return jax.lax.scan(f, (data, jax.tree.map(jnp.asarray, flags)), length=2)
-
-
-# The layer, the flag, and where it is given at the call.
+# From a function of a flag, ways to have it traced.
+TRACED = {
+    "jit": lambda f: jax.jit(f)(True),
+    "device_put": lambda f: eqx.filter_jit(f)(jax.device_put(True)),
+    "scan": lambda f: jax.lax.scan(lambda x, _: (x, f(x)), jnp.asarray(True), length=2),
+    "vmap": lambda f: jax.vmap(f)(jnp.asarray([True])),
+}
+# The layer, the flag, and whether it is given at the call.
 FLAGS = [
-    ("BatchNorm", "frozen", {}),
-    ("BatchNorm", "inference", {}),
-    ("BatchNorm", "use_running_average", {"use_running_average": True}),
-    ("SpectralNorm", "inference", {}),
-    ("SpectralNorm", "update_stats", {"update_stats": True}),
+    ("BatchNorm", "frozen", False),
+    ("BatchNorm", "inference", False),
+    ("BatchNorm", "use_running_average", True),
+    ("SpectralNorm", "inference", False),
+    ("SpectralNorm", "update_stats", True),
 ]
 
 
+@pytest.mark.parametrize("way", TRACED)
 @pytest.mark.parametrize(
-    "way", [device_put_and_filter_jit, plain_jit, scan_carry], ids=lambda way: way.__name__
+    ("name", "flag", "at_call"), FLAGS, ids=[f"{row[0]}-{row[1]}" for row in FLAGS]
 )
-@pytest.mark.parametrize(
-    ("name", "flag", "given"), FLAGS, ids=[f"{row[0]}-{row[1]}" for row in FLAGS]
-)
-def test_traced_flags(name, flag, given, way, request):
+def test_traced_flags(name, flag, at_call, way, request):
     (case,) = (case for case in STATEFUL if case.name == name)
     layer, state = case.build(8)
-    x = normal(0, (16, 8))
-    if flag == "inference" and name == "BatchNorm":
-        # The other flag is looked at first. It may have stayed what it was.
-        layer = eqx.tree_at(lambda layer: layer.frozen, layer, object(), is_leaf=None)
-        layer = _with_static_frozen(layer)
+
+    def f(value):
+        if at_call:
+            return call(layer, state, normal(0, (16, 8)), **{flag: value})
+        return call(replaced(layer, flag, value), state, normal(0, (16, 8)))
+
     match = (
-        f"`{flag}` must be True or False, .*`jax.jit`, .*`eqx.filter_jit`.*"
-        "`eqx.filter_shard`.*`eqx.partition"
+        f"`{flag}` must be True or False, got a traced array.*`jax.jit`.*"
+        "`eqx.filter_jit` and `eqx.filter_shard`.*`eqx.partition"
     )
-    with raises(name, match, request, typed=flag if given else None):
-        way(layer, state, x, **given)
+    with raises(name, match, request, typed=flag if at_call else None):
+        TRACED[way](f)
 
 
 @over(*STATEFUL)
