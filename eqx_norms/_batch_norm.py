@@ -231,7 +231,8 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             self.axis_name, self.axis_index_groups, inputs.x, layer=name
         )
         size = settings.reduction.size(inputs.x.shape) * members.size
-        if size == 1 and inputs.mask is None:
+        # What is pooled over a data set may have a batch of one at its end.
+        if size == 1 and inputs.mask is None and isinstance(running, RunningStats):
             raise ValueError(
                 f"{name}: training needs more than one position for each feature, got an "
                 f"input of shape {inputs.x.shape} with features along "

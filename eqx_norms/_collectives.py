@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from ._types import Size
 from ._vmapped import vmapped_first, vmapped_index, vmapped_sum
 
 
@@ -30,7 +31,7 @@ class Members(eqx.Module):
         without groups.
     """
 
-    size: int = eqx.field(static=True, default=1)
+    size: Size = eqx.field(static=True, default=1)
     mesh_names: Names = eqx.field(static=True, default=())
     num_groups: int = eqx.field(static=True, default=1)
     indices: tuple[Array, ...] = ()
