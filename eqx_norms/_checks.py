@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ._collectives import Groups, Names
+from ._dtypes import ResultDType
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Shape
 
 
@@ -126,7 +127,9 @@ def check_flag(flag: Any, *, layer: str, argument: str) -> bool:
     return bool(flag)
 
 
-def check_dtype(dtype: DTypeLike, *, layer: str, argument: str) -> np.dtype:
+def check_dtype(
+    dtype: DTypeLike, *, layer: str, argument: str, others: str = ""
+) -> np.dtype:
     try:
         # NumPy takes `None` for float64.
         known = None if dtype is None else jnp.dtype(dtype)
@@ -134,9 +137,16 @@ def check_dtype(dtype: DTypeLike, *, layer: str, argument: str) -> np.dtype:
         known = None
     if known is None or not jnp.issubdtype(known, jnp.inexact):
         raise ValueError(
-            f"{layer}: `{argument}` must be a floating or complex dtype, got {dtype!r}."
+            f"{layer}: `{argument}` must be a floating or complex dtype{others}, got "
+            f"{dtype!r}."
         )
     return jax.dtypes.canonicalize_dtype(known)
+
+
+def check_result_dtype(dtype: DTypeLike | None, *, layer: str) -> ResultDType:
+    if dtype is None or (isinstance(dtype, str) and dtype == "input"):
+        return dtype
+    return check_dtype(dtype, layer=layer, argument="dtype", others=', "input" or `None`')
 
 
 def check_names(axis_name: AxisName, *, layer: str) -> Names | None:

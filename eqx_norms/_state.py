@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from equinox.nn import State, StateIndex
 
+from ._trees import find_nodes
+
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -62,6 +64,30 @@ def check_precision(values: Any, *, layer: str) -> None:
                 "model alone and leave `state` as `equinox.nn.make_with_state` made it, or "
                 "cast its arrays back to float32."
             )
+
+
+def initial_state(index: StateIndex[T]) -> T:
+    """What a layer starts with, unless `make_with_state` took it out."""
+    return State(index).get(index)
+
+
+def remaining(state: State, old: Any, new: Any) -> dict[Any, Any]:
+    """What a state holds, by marker, without what `old` has in it and `new` has not."""
+    gone = markers(old) - markers(new)
+    values, names = state.tree_flatten()
+    return {
+        marker: value
+        for marker, value in zip(names, values, strict=True)
+        if marker not in gone
+    }
+
+
+def with_entries(entries: dict[Any, Any]) -> State:
+    return State.tree_unflatten(tuple(entries), tuple(entries.values()))
+
+
+def markers(tree: Any) -> set[Any]:
+    return {index.marker for index in find_nodes(tree, StateIndex).values()}
 
 
 def set_state(state: State, index: StateIndex[T], value: T) -> State:
