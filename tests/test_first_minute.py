@@ -188,7 +188,7 @@ MISTAKES = [
     (
         one_example_as_a_batch,
         ValueError,
-        r"For a single example use `batch_axes=\(\)`",
+        r"For one example, as inside `jax.vmap`, use `batch_axes=\(\)`",
         None,
     ),
     (
