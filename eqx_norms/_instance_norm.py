@@ -105,7 +105,7 @@ class InstanceNorm(AbstractExampleNorm):
         if not axes and self.axis_name is None:
             raise ValueError(
                 f"{name}: an input of shape {shape} with batch axes {self.batch_axes} and "
-                f"feature axes {feature_axes} has no axis left to take statistics over. For "
-                "one example, as inside `jax.vmap`, use `batch_axes=()`."
+                f"feature axes {feature_axes} has no axis left to take statistics over. "
+                "For one example, as inside `jax.vmap`, use `batch_axes=()`."
             )
         return Reduction(axes)
