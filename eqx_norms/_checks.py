@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from ._collectives import Groups, Names
@@ -116,7 +117,7 @@ def check_momentum(momentum: float | None, *, layer: str) -> float | None:
 
 def check_flag(flag: Any, *, layer: str, argument: str) -> bool:
     """What decides which computation it is. As an array it must at least have a value."""
-    if isinstance(flag, jax.core.Tracer):
+    if isinstance(flag, Tracer):
         raise ValueError(
             f"{layer}: `{argument}` must be True or False, got a traced array. `jax.jit`, "
             "`jax.device_put` and a scan that carries the model make arrays of all its "

@@ -79,7 +79,7 @@ def replaced(tree, field, value):
 
 
 @contextlib.contextmanager
-def raises(layer, match, request=None, typed=None):
+def raises(layer, match, request: Any = None, typed=None):
     """An error of the layer's own; of the argument `typed` jaxtyping complains first,
     where it checks."""
     error, match = ValueError, f"(?s)^{layer}: .*{match}"
