@@ -21,7 +21,8 @@ def example_axes(
     if set(batch) & set(feature_axes):
         raise ValueError(
             f"{layer}: an axis cannot be among both the batch axes {batch} and the feature "
-            f"axes {tuple(feature_axes)}. For a single example use `batch_axes=()`."
+            f"axes {tuple(feature_axes)}. For one example, as inside `jax.vmap`, use "
+            "`batch_axes=()`."
         )
     return other_axes((*batch, *feature_axes), ndim)
 

@@ -8,12 +8,12 @@ from jax.nn.initializers import ones, zeros
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
 from ._axes import other_axes
-from ._checks import check_axes, check_momentum
+from ._checks import check_axes, check_flag, check_momentum
 from ._collectives import bound_members
 from ._layer import AbstractNorm
 from ._normalize import normalize
 from ._running import RunningStats, Step, get_stats, init_stats, update
-from ._state import get_state, needs_state, set_state
+from ._state import check_precision, get_state, needs_state, set_state
 from ._statistics import Moments, Reduction
 from ._trees import find_nodes, map_nodes
 from ._types import (
@@ -40,9 +40,9 @@ class BatchNorm(AbstractNorm, StatefulLayer):
 
     $$r \leftarrow \text{momentum} * r + (1 - \text{momentum}) * \text{batch},$$
 
-    unless nothing was counted, or what was counted is not finite: then a feature's running
-    statistics, and its count, stay as they were. In evaluation the running statistics stand
-    in for the expectations.
+    unless a mask left fewer than two positions, or what was counted is not finite: then a
+    feature's running statistics, and its count, stay as they were. In evaluation the
+    running statistics stand in for the expectations.
 
     Take a batched array, or one example inside a `jax.vmap` that binds `axis_name`: the two
     are the same. Make a whole model and its state with one `equinox.nn.make_with_state`:
@@ -186,8 +186,9 @@ class BatchNorm(AbstractNorm, StatefulLayer):
 
         **Raises:**
 
-        `ValueError` if an argument does not fit the layer or `x`, or if there is nothing to
-        average over; in training, `NameError` if `axis_name` is bound nowhere.
+        `ValueError` if an argument does not fit the layer or `x`; in training, if there is
+        nothing to average over or one position alone, or if the running statistics are
+        narrower than float32. In training, `NameError` if `axis_name` is bound nowhere.
         """
         del key
         name = type(self).__name__
@@ -195,13 +196,11 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             state, self.state_index, self._features(), self.axis, layer=name
         )
         inputs, settings = self._check(x, mask, scale, bias, running.mean.shape)
-        if self.frozen or (
-            self.inference if use_running_average is None else use_running_average
-        ):
+        if self._evaluates(use_running_average):
             given = Moments(running.mean, running.var)
             return normalize(settings, inputs._replace(moments=given))[0], state
 
-        members = bound_members(self.axis_name, self.axis_index_groups, layer=name)
+        check_precision(running, layer=name)
         if jnp.iscomplexobj(inputs.x) and not jnp.iscomplexobj(running.mean):
             raise ValueError(
                 f"{name}: the running mean, of dtype {running.mean.dtype}, cannot hold "
@@ -215,10 +214,23 @@ class BatchNorm(AbstractNorm, StatefulLayer):
                 "Give a batch; or, for one example inside `jax.vmap(..., "
                 "axis_name='batch')`, make the layer with `axis_name='batch'`."
             )
+        members = bound_members(
+            self.axis_name, self.axis_index_groups, inputs.x, layer=name
+        )
+        size = settings.reduction.size(inputs.x.shape) * members.size
+        # What is pooled over a data set may have a batch of one at its end.
+        if size == 1 and inputs.mask is None and isinstance(running, RunningStats):
+            raise ValueError(
+                f"{name}: training needs more than one position for each feature, got an "
+                f"input of shape {inputs.x.shape} with features along "
+                f"`axis={settings.feature_axes}`. A single one has no variance. Give a "
+                "larger batch, leave out a last batch of one, or evaluate with "
+                "`equinox.nn.inference_mode`."
+            )
         y, rows = normalize(settings, inputs._replace(members=members))
         step = Step(
             feature_axes=settings.feature_axes,
-            size=settings.reduction.size(inputs.x.shape) * members.size,
+            size=size,
             grouped=self.axis_index_groups is not None,
             momentum=self.momentum,
             unbiased=self.use_unbiased_variance,
@@ -226,6 +238,14 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         )
         running = update(step, running, rows)
         return y, set_state(state, self.state_index, running)
+
+    def _evaluates(self, use_running_average: bool | None) -> bool:
+        name = type(self).__name__
+        argument, flag = "use_running_average", use_running_average
+        if flag is None:
+            argument, flag = "inference", self.inference
+        frozen = check_flag(self.frozen, layer=name, argument="frozen")
+        return frozen or check_flag(flag, layer=name, argument=argument)
 
     def _layout(self) -> tuple[str, tuple[int, ...]]:
         return "axis", self.axis

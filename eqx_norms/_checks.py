@@ -3,10 +3,12 @@
 import math
 import operator
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from ._collectives import Groups, Names
@@ -111,6 +113,19 @@ def check_momentum(momentum: float | None, *, layer: str) -> float | None:
             f"1, or `None` for the average over all batches, got {momentum}."
         )
     return momentum
+
+
+def check_flag(flag: Any, *, layer: str, argument: str) -> bool:
+    """What decides which computation it is. As an array it must at least have a value."""
+    if isinstance(flag, Tracer):
+        raise ValueError(
+            f"{layer}: `{argument}` must be True or False, got a traced array. `jax.jit`, "
+            "`jax.device_put` and a scan that carries the model make arrays of all its "
+            "leaves. Use `eqx.filter_jit` and `eqx.filter_shard`; or take out what is no "
+            "array with `eqx.partition(model, eqx.is_array)`, and put it back with "
+            "`eqx.combine`."
+        )
+    return bool(flag)
 
 
 def check_dtype(

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from ._types import Size
 from ._vmapped import vmapped_first, vmapped_index, vmapped_sum
 
 
@@ -29,7 +31,7 @@ class Members(eqx.Module):
         without groups.
     """
 
-    size: int = eqx.field(static=True, default=1)
+    size: Size = eqx.field(static=True, default=1)
     mesh_names: Names = eqx.field(static=True, default=())
     num_groups: int = eqx.field(static=True, default=1)
     indices: tuple[Array, ...] = ()
@@ -92,8 +94,28 @@ class Members(eqx.Module):
 ALONE = Members()
 
 
-def bound_members(names: Names | None, groups: Groups | None, *, layer: str) -> Members:
-    """The members along these names, as the call finds them bound.
+def _vmapped_index(name: Hashable, x: Array) -> Array:
+    """The member's index along a vmapped axis, on the mesh that `x` is on.
+
+    Without `jax.set_mesh` JAX puts an index on no mesh. But a `vmap` over an axis that is
+    split over devices on an `Explicit` mesh splits all that it batches.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types or jax.sharding.get_abstract_mesh().shape:
+        return lax.axis_index(name)
+    # The type of `x` does not say which devices these are. Its data does, if kept.
+    return jax.jit(
+        lambda x: jax.sharding.reshard(
+            lax.axis_index(name), NamedSharding(mesh, PartitionSpec())
+        ),
+        keep_unused=True,
+    )(x)
+
+
+def bound_members(
+    names: Names | None, groups: Groups | None, x: Array, *, layer: str
+) -> Members:
+    """The members along these names, as the call with `x` finds them bound.
 
     **Raises:**
 
@@ -127,7 +149,7 @@ def bound_members(names: Names | None, groups: Groups | None, *, layer: str) -> 
     # `pmap` is built on `shard_map`, so its names are found here as well.
     manual = jax.sharding.get_abstract_mesh().manual_axes
     mesh_names = tuple(name for name in names if name in manual)
-    indices = tuple(lax.axis_index(name) for name in names if name not in manual)
+    indices = tuple(_vmapped_index(name, x) for name in names if name not in manual)
     size = math.prod(lax.axis_size(name) for name in names)
     if groups is None:
         return Members(size, mesh_names, 1, indices)

@@ -15,18 +15,33 @@ from ._types import DTypeLike
 ResultDType: TypeAlias = np.dtype | Literal["input"] | None
 
 
+def _is_tiny(dtype: DTypeLike | Array) -> bool:
+    """Whether it is a float of 8 bits or fewer. JAX promotes these to nothing."""
+    dtype = getattr(dtype, "dtype", dtype)
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
+
+
 def promote(*dtypes: DTypeLike | Array) -> np.dtype:
+    """The dtype to compute in; in the place of floats of 8 bits and fewer, float32."""
     # The promotion here is this library's contract, not an accident of the caller's:
     # `jax_numpy_dtype_promotion="strict"` must not forbid it.
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*dtypes)
+        return jnp.result_type(*(jnp.float32 if _is_tiny(d) else d for d in dtypes))
 
 
 def result_dtype(
     dtype: ResultDType, x: Array, *others: Array | None, layer: str
 ) -> np.dtype:
     """The dtype of what is computed from `x` and, among `others`, the parameters."""
-    promoted = promote(x.dtype, *(o for o in others if o is not None))
+    present = [x, *(other for other in others if other is not None)]
+    if dtype is None and any(map(_is_tiny, present)):
+        dtypes = ", ".join(str(array.dtype) for array in present)
+        raise ValueError(
+            f"{layer}: needs a `dtype` for its result where an array has 8 bits or fewer, "
+            f"got {dtypes} for input, scale and bias, and no `dtype`. Give one, "
+            "`dtype=jnp.bfloat16` for example."
+        )
+    promoted = promote(x.dtype, *present[1:])
     if not jnp.issubdtype(promoted, jnp.inexact):
         promoted = promote(promoted, jnp.float32)
     if dtype is None:

@@ -13,7 +13,8 @@ from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Sha
 
 
 class GroupNorm(AbstractExampleNorm):
-    r"""Normalises each group of features of each example by its own mean and variance.
+    r"""Normalises each group of features of each example by its own mean and variance;
+    inside `jax.vmap`, where an array is one example, only with `batch_axes=()`.
 
     $$y = \frac{x - \mathbb{E}[x]}{\sqrt{\text{Var}[x] + \varepsilon}} * \gamma + \beta$$
 
@@ -22,8 +23,8 @@ class GroupNorm(AbstractExampleNorm):
     entry for each feature. With `axis_name` the expectations are over that named axis as
     well, for space that is split over it.
 
-    Take a batched array, or one example inside `jax.vmap` with `batch_axes=()`: the two are
-    the same.
+    By default the first axis is the batch. An array does not say whether it has one: for
+    one example without `batch_axes=()` its first axis is taken for the batch.
 
     !!! example
 
@@ -33,7 +34,7 @@ class GroupNorm(AbstractExampleNorm):
 
         # One example with its channels first, as Equinox's convolutions give it.
         norm = en.GroupNorm(16, num_groups=4, feature_axis=0, batch_axes=())
-        y = norm(jnp.ones((16, 8, 8)))
+        y = jax.vmap(norm)(jnp.ones((2, 16, 8, 8)))
         ```
 
     !!! cite
@@ -80,7 +81,7 @@ class GroupNorm(AbstractExampleNorm):
         - `feature_axis`: the axis along which there are features: the last, by default; 0
             for one example of Equinox's convolutions.
         - `batch_axes`: the axes along which there are examples: the first, by default;
-            `()` for a single example, as inside `jax.vmap`.
+            `()` for a single example, as it is inside `jax.vmap`.
         - `epsilon`, `dtype`, `param_dtype`, `use_bias`, `use_scale`, `bias_init`,
             `scale_init`, `axis_name`, `axis_index_groups`, `use_fast_variance`,
             `scale_offset`, `key`: as in [`eqx_norms.LayerNorm`][].

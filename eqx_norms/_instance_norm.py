@@ -11,7 +11,8 @@ from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Sha
 
 
 class InstanceNorm(AbstractExampleNorm):
-    r"""Normalises each feature of each example by its own mean and variance.
+    r"""Normalises each feature of each example by its own mean and variance; inside
+    `jax.vmap`, where an array is one example, only with `batch_axes=()`.
 
     $$y = \frac{x - \mathbb{E}[x]}{\sqrt{\text{Var}[x] + \varepsilon}} * \gamma + \beta$$
 
@@ -20,8 +21,8 @@ class InstanceNorm(AbstractExampleNorm):
     `feature_axes`. With `axis_name` the expectations are over that named axis as well, for
     space that is split over it.
 
-    Take a batched array, or one example inside `jax.vmap` with `batch_axes=()`: the two are
-    the same.
+    By default the first axis is the batch. An array does not say whether it has one: for
+    one example without `batch_axes=()` its first axis is taken for the batch.
 
     !!! example
 
@@ -31,7 +32,7 @@ class InstanceNorm(AbstractExampleNorm):
 
         # One example with its channels first, as Equinox's convolutions give it.
         norm = en.InstanceNorm(16, feature_axes=0, batch_axes=())
-        y = norm(jnp.ones((16, 8, 8)))
+        y = jax.vmap(norm)(jnp.ones((2, 16, 8, 8)))
         ```
 
     !!! cite
@@ -68,7 +69,7 @@ class InstanceNorm(AbstractExampleNorm):
             the order of `feature_axes`.
         - `feature_axes`: the axes along which scale and bias vary.
         - `batch_axes`: the axes along which there are examples: the first, by default;
-            `()` for a single example, as inside `jax.vmap`.
+            `()` for a single example, as it is inside `jax.vmap`.
         - `epsilon`, `dtype`, `param_dtype`, `use_bias`, `use_scale`, `bias_init`,
             `scale_init`, `axis_name`, `axis_index_groups`, `use_fast_variance`,
             `scale_offset`, `key`: as in [`eqx_norms.LayerNorm`][].
@@ -104,7 +105,7 @@ class InstanceNorm(AbstractExampleNorm):
         if not axes and self.axis_name is None:
             raise ValueError(
                 f"{name}: an input of shape {shape} with batch axes {self.batch_axes} and "
-                f"feature axes {feature_axes} has no axis "
-                "left to take statistics over. For a single example use `batch_axes=()`."
+                f"feature axes {feature_axes} has no axis left to take statistics over. "
+                "For one example, as inside `jax.vmap`, use `batch_axes=()`."
             )
         return Reduction(axes)

@@ -219,6 +219,8 @@ class AbstractExampleNorm(AbstractNorm):
                     f"{name}: no axis to take statistics over in an input of shape "
                     f"{inputs.x.shape}. Name one in `reduction_axes`, or an `axis_name`."
                 )
-            members = bound_members(self.axis_name, self.axis_index_groups, layer=name)
+            members = bound_members(
+                self.axis_name, self.axis_index_groups, inputs.x, layer=name
+            )
             y, _ = normalize(settings, inputs._replace(members=members))
         return y if state is None else (y, state)

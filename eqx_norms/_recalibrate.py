@@ -62,8 +62,9 @@ def recalibrate(
     **Raises:**
 
     `ValueError` if the model has no BatchNorm or only frozen ones, if `state` is not the
-    model's, if there are no batches, if `forward` does not return a pair with the state, or
-    if it leads no position to some layer. `ImportError` if there is no `tqdm` for the bar.
+    model's, if there are no batches, if `forward` donates its arguments or does not return
+    a pair with the state, or if it leads no position to some layer; what the layers raise
+    in training. `ImportError` if there is no `tqdm` for the bar.
 
     !!! example
 
@@ -85,7 +86,9 @@ def recalibrate(
     totals = {name: _NOTHING for name in layers}
     number = 0
     for batch in _with_bar(batches) if progress else batches:
-        new = _pooled(forward(model, _copy(start), batch), layers, old)
+        out = forward(model, _copy(start), batch)
+        _check_kept((model, start))
+        new = _pooled(out, layers, old)
         totals = {name: _merge(totals[name], new[name]) for name in layers}
         number += 1
     if number == 0:
@@ -149,6 +152,16 @@ def _replace(
         )
         new = new.update(part)
     return new
+
+
+def _check_kept(arguments: Any) -> None:
+    leaves = jax.tree.leaves(arguments)
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
+        raise ValueError(
+            "recalibrate: `forward` must leave the model and the state that it is given as "
+            "they are, for the next batch, but it donated their arrays. Compile it without "
+            "donation: `eqx.filter_jit(forward)`."
+        )
 
 
 def _pooled(

@@ -16,7 +16,7 @@ from ._dtypes import cast, promote, real_dtype
 from ._sharding import shard_like
 from ._state import get_state
 from ._statistics import Moments, abs_square
-from ._types import DTypeLike, Shape
+from ._types import DTypeLike, Shape, Size
 
 
 class RunningStats(eqx.Module):
@@ -91,7 +91,7 @@ class Step(NamedTuple):
 
     feature_axes: tuple[int, ...]
     # How many positions a group of members has, and whether there are groups.
-    size: int
+    size: Size
     grouped: bool
     momentum: float | None
     unbiased: bool
@@ -151,7 +151,7 @@ def _weight_of_old(how: Step, old: RunningStats | PooledStats, count: Array) -> 
 
 
 def _over_groups(
-    rows: Moments, size: int, *, unbiased: bool, between: bool
+    rows: Moments, size: Size, *, unbiased: bool, between: bool
 ) -> tuple[Array, Array, Array]:
     """Mean, variance and count of all groups of members together, each group weighted by
     its count. `unbiased` divides a variance by one less than the count, where that is not
@@ -160,6 +160,9 @@ def _over_groups(
     assert mean is not None
     if count is None:
         count = jnp.broadcast_to(jnp.asarray(size, var.dtype), var.shape)
+    if not between:
+        # One position says nothing of a variance.
+        count = jnp.where(count > 1, count, 0)
     if unbiased:
         var = var * (count / jnp.where(count > 1, count - 1, 1))
     total = jnp.sum(count, 0, keepdims=True)

@@ -10,10 +10,16 @@ from equinox.nn import State, StateIndex
 from jax import lax
 from jaxtyping import Array, Float, Inexact, PRNGKeyArray
 
-from ._checks import check_dtype, check_integers
+from ._checks import check_dtype, check_flag, check_integers
 from ._dtypes import promote, real_dtype, result_dtype
 from ._sharding import shard_like
-from ._state import get_state, initial_state, needs_state, set_state
+from ._state import (
+    check_precision,
+    get_state,
+    initial_state,
+    needs_state,
+    set_state,
+)
 from ._statistics import abs_square
 from ._types import Axes, DTypeLike
 from ._weight_norm import directions
@@ -38,7 +44,7 @@ class SpectralStats(eqx.Module):
 
 
 def _sigma(weight: Array, stats: SpectralStats) -> Array:
-    u, v = (shard_like(a, weight) for a in (stats.u, stats.v))
+    u, v = (a.astype(weight.dtype) for a in (stats.u, stats.v))
     # Of either sign where the vectors are those of another weight.
     return jnp.abs(jnp.sum(u.conj() * weight * v))
 
@@ -60,8 +66,7 @@ def _step(
 ) -> SpectralStats:
     """One power iteration. (Sums, not products of matrices: those are in lower precision
     on accelerators, and refuse sharded weights on an Explicit mesh.)"""
-    u = shard_like(stats.u, weight)
-    v = _unit(jnp.sum(weight.conj() * u, features, keepdims=True), stats.v, epsilon)
+    v = _unit(jnp.sum(weight.conj() * stats.u, features, keepdims=True), stats.v, epsilon)
     u = _unit(jnp.sum(weight * v, others, keepdims=True), stats.u, epsilon)
     return SpectralStats(u, v, stats.sigma)
 
@@ -198,7 +203,7 @@ class SpectralNorm(AbstractWrapper[Layer]):
         return SpectralStats(u, v, sigma)
 
     def _normalized(self, weight: Array, stats: SpectralStats) -> Array:
-        wide = weight.astype(promote(weight.dtype, stats.u.dtype))
+        wide = weight.astype(promote(weight.dtype, stats.u.dtype, jnp.float32))
         sigma = _sigma(wide, stats)
         sigma = jnp.where(sigma > self.epsilon, sigma, 1)
         dtype = result_dtype(self.dtype, weight, layer=type(self).__name__)
@@ -229,11 +234,14 @@ class SpectralNorm(AbstractWrapper[Layer]):
 
         **Raises:**
 
-        `ValueError` if `state` holds nothing for this layer; what the layer raises.
+        `ValueError` if `state` holds nothing for this layer, or in training if it is
+        narrower than float32; what the layer raises.
         """
-        stats = get_state(state, self.state_index, layer=type(self).__name__)
+        name = type(self).__name__
+        stats = get_state(state, self.state_index, layer=name)
         weights = self._weights()
-        if not self.inference if update_stats is None else update_stats:
+        if self._updates(update_stats):
+            check_precision(stats, layer=name)
             stats = tuple(
                 self._update(weight, old, self.n_steps)
                 for weight, old in zip(weights, stats, strict=True)
@@ -245,6 +253,12 @@ class SpectralNorm(AbstractWrapper[Layer]):
         if is_stateful(self.layer):
             return self._call(new, x, state, *args, key=key, **kwargs)
         return self._call(new, x, *args, key=key, **kwargs), state
+
+    def _updates(self, update_stats: bool | None) -> bool:
+        name = type(self).__name__
+        if update_stats is not None:
+            return check_flag(update_stats, layer=name, argument="update_stats")
+        return not check_flag(self.inference, layer=name, argument="inference")
 
     def _evaluation(self, state: State | None) -> Iterable[Array]:
         if state is not None:

@@ -137,5 +137,5 @@ def standardize(
         subtract_mean,
         use_fast_variance,
     )
-    members = bound_members(names, groups, layer=name)
+    members = bound_members(names, groups, x, layer=name)
     return normalize(settings, inputs._replace(members=members))[0]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 from equinox.nn import State, StateIndex
 
 from ._trees import find_nodes
@@ -21,7 +22,7 @@ def needs_state(call: Callable[P, T]) -> Callable[P, T]:
     @ft.wraps(call)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         given: tuple[Any, ...] = args
-        if len(given) == 2 and "state" not in kwargs:
+        if len(given) + ("x" in kwargs) == 2 and "state" not in kwargs:
             _check_state(None, layer=type(given[0]).__name__)
         return call(*args, **kwargs)
 
@@ -51,6 +52,18 @@ def get_state(state: State, index: StateIndex[T], *, layer: str) -> T:
             "model. Make model and state together: `model, state = "
             "equinox.nn.make_with_state(Model)(...)`."
         ) from None
+
+
+def check_precision(values: Any, *, layer: str) -> None:
+    """Whether what is about to be updated takes small steps."""
+    for array in jax.tree.leaves(values):
+        if jnp.issubdtype(array.dtype, jnp.inexact) and jnp.finfo(array.dtype).bits < 32:
+            raise ValueError(
+                f"{layer}: training needs a `state` in float32 or wider, got an array of "
+                f"dtype {array.dtype}: small steps would be lost in rounding. Cast the "
+                "model alone and leave `state` as `equinox.nn.make_with_state` made it, or "
+                "cast its arrays back to float32."
+            )
 
 
 def initial_state(index: StateIndex[T]) -> T:

@@ -29,7 +29,7 @@ from jaxtyping import Array
 from ._collectives import ALONE, Members
 from ._dtypes import promote, real_dtype
 from ._sharding import is_sharded, unshard
-from ._types import Shape
+from ._types import Shape, Size
 
 
 class Reduction(NamedTuple):
@@ -53,7 +53,7 @@ class Reduction(NamedTuple):
         split = (*x.shape[:axis], number, x.shape[axis] // number, *x.shape[axis + 1 :])
         return jnp.sum(x.reshape(split), axis + 1, dtype=x.dtype)
 
-    def size(self, shape: Shape) -> int:
+    def size(self, shape: Shape) -> Size:
         """How many positions of an input of this shape one statistic is over."""
         size = math.prod(shape[axis] for axis in self.axes)
         if self.groups is not None:
@@ -150,7 +150,7 @@ def means(
     return tuple(_per(total, number, size) for total in sums)
 
 
-def _per(total: Array, number: Array | None, size: int) -> Array:
+def _per(total: Array, number: Array | None, size: Size) -> Array:
     return total / (size if number is None else jnp.maximum(number, 1).astype(total.dtype))
 
 

@@ -9,7 +9,9 @@ from jaxtyping import Array
 AxisName: TypeAlias = Hashable | Sequence[Hashable] | None
 AxisIndexGroups: TypeAlias = Sequence[Sequence[int]] | None
 Axes: TypeAlias = int | Sequence[int]
-Shape: TypeAlias = tuple[int, ...]
+# The symbols of `jax.export` stand for an `int`, but are none.
+Size: TypeAlias = Any
+Shape: TypeAlias = tuple[Size, ...]
 # What a layer may be called with. What it returns is always JAX's.
 AnyArray: TypeAlias = Array | np.ndarray
 # Anything `jax.numpy.dtype` accepts: `jnp.float32` is a scalar constructor, not a type.

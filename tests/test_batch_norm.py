@@ -139,14 +139,6 @@ def test_use_unbiased_variance(mask):
     assert_stats(layer, state, mean[0, 0], var[0, 0] * number / (number - 1), 1)
 
 
-def test_unbiased_variance_of_one_example():
-    """Nothing to divide by: as it is, and not infinite."""
-    layer, state = build(use_unbiased_variance=True, momentum=0.0)
-    y, state = layer(normal(0, (1, 8)), state)
-    assert np.all(y == 0)
-    assert_stats(layer, state, normal(0, (1, 8))[0], np.zeros(8), 1)
-
-
 def test_unbiased_variance_of_groups_one_of_which_is_masked():
     """A group that counted nothing takes no part in the average."""
     layer, state = build(

@@ -30,6 +30,11 @@ def no_state():
     norm(X)
 
 
+def no_state_and_the_input_by_its_name():
+    norm: Any = batch_norm(3)[0]
+    norm(x=X)
+
+
 def no_state_in_a_sequential():
     model, _ = eqx.nn.make_with_state(lambda: eqx.nn.Sequential([en.BatchNorm(3)]))()
     model(X)
@@ -127,10 +132,37 @@ def integer_mask():
     en.LayerNorm(3)(X, mask=jnp.ones((5, 3), jnp.int32))
 
 
+def a_batch_of_one():
+    norm, state = batch_norm(3)
+    norm(X[:1], state)
+
+
+def a_state_cast_with_the_model():
+    norm, state = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, batch_norm(3)
+    )
+    norm(X, state)
+
+
+def a_model_placed_as_a_whole():
+    norm, state = jax.device_put(batch_norm(3), jax.devices()[0])
+    eqx.filter_jit(norm)(X, state)
+
+
+def a_flag_traced_by_jit():
+    norm, state = batch_norm(3)
+    jax.jit(lambda flag: norm(X, state, use_running_average=flag)[0])(True)
+
+
+def eight_bits_without_a_dtype():
+    en.LayerNorm(3)(X.astype(jnp.float8_e4m3fn))
+
+
 STATE = r"BatchNorm: needs the model's `equinox.nn.State`.*`model, state = equinox.nn.make"
 FEATURES = r"expected features of shape \({}\) along `{}=\({},\)`, got \({}\) in an input"
 MISTAKES = [
     (no_state, ValueError, STATE, None),
+    (no_state_and_the_input_by_its_name, ValueError, STATE, None),
     (no_state_in_a_sequential, ValueError, STATE, "state"),
     (
         not_made_with_its_state,
@@ -188,7 +220,7 @@ MISTAKES = [
     (
         one_example_as_a_batch,
         ValueError,
-        r"For a single example use `batch_axes=\(\)`",
+        r"For one example, as inside `jax.vmap`, use `batch_axes=\(\)`",
         None,
     ),
     (
@@ -209,6 +241,37 @@ MISTAKES = [
         random_initializer_without_key,
         ValueError,
         r"`scale_init` failed without a random key.*`key=jax.random.key\(...\)`",
+        None,
+    ),
+    (
+        a_batch_of_one,
+        ValueError,
+        r"BatchNorm: training needs more than one position for each feature, got an input "
+        r"of shape \(1, 3\).*`equinox.nn.inference_mode`",
+        None,
+    ),
+    (
+        a_state_cast_with_the_model,
+        ValueError,
+        "BatchNorm: training needs a `state` in float32 or wider.*bfloat16.*Cast the model",
+        None,
+    ),
+    (
+        a_model_placed_as_a_whole,
+        ValueError,
+        "BatchNorm: `frozen` must be True or False.*`jax.device_put`.*`eqx.filter_shard`",
+        None,
+    ),
+    (
+        a_flag_traced_by_jit,
+        ValueError,
+        "BatchNorm: `use_running_average` must be True or False, got a traced array",
+        "use_running_average",
+    ),
+    (
+        eight_bits_without_a_dtype,
+        ValueError,
+        "LayerNorm: needs a `dtype` for its result.*got float8_e4m3fn.*Give one, `dtype=",
         None,
     ),
     (integer_mask, ValueError, "`mask` must be boolean, True where a position", "mask"),

@@ -336,8 +336,12 @@ def test_an_axis_twice(argument):
     ("shape", "kwargs", "match"),
     [
         ((2, 5, 8), {"batch_axes": (0, 2)}, "among both the batch axes .* feature axes"),
-        ((8,), {}, "For a single example use `batch_axes=\\(\\)`"),
-        ((8, 5), {"feature_axis": 0}, "For a single example use `batch_axes=\\(\\)`"),
+        ((8,), {}, "For one example, as inside `jax.vmap`, use `batch_axes=\\(\\)`"),
+        (
+            (8, 5),
+            {"feature_axis": 0},
+            "For one example, as inside `jax.vmap`, use `batch_axes=\\(\\)`",
+        ),
         ((2, 5, 8), {"reduction_axes": (0, 1)}, "must have the `feature_axis=-1` among"),
         ((2, 5, 8), {"reduction_axes": (1, 3)}, "has axis 3, which is out of range"),
         ((2, 5, 8), {"batch_axes": 3}, "has axis 3, which is out of range"),

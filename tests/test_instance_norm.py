@@ -176,7 +176,11 @@ def test_equals_flax(shape):
 @pytest.mark.parametrize(
     ("shape", "kwargs", "match"),
     [
-        ((6, 8), {}, "no axis left .* For a single example use `batch_axes=\\(\\)`"),
+        (
+            (6, 8),
+            {},
+            "no axis left .* For one example, .*, use `batch_axes=\\(\\)`",
+        ),
         ((8,), {"batch_axes": ()}, "no axis left to take statistics over"),
         ((2, 3, 8), {"batch_axes": (0, 1)}, "no axis left to take statistics over"),
         ((8, 5), {"feature_axes": 0}, "among both the batch axes .* feature axes"),

@@ -1,5 +1,7 @@
 """Sharded arrays under `filter_jit`, with no `axis_name`: JAX finds the collectives."""
 
+import contextlib
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -48,8 +50,15 @@ ROWS = [
     for name, *specs in OF_WRAPPERS
     for case in WRAPPERS
 ]
-axis_types = pytest.mark.parametrize(
-    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=str
+
+MESHES = {
+    "Auto": (AxisType.Auto, jax.set_mesh),
+    "Explicit": (AxisType.Explicit, jax.set_mesh),
+    # What `jax.make_mesh` gives by default, and nothing said of it.
+    "Explicit and not set": (AxisType.Explicit, contextlib.nullcontext),
+}
+meshes = pytest.mark.parametrize(
+    ("axis_type", "context"), MESHES.values(), ids=MESHES.keys()
 )
 
 
@@ -87,15 +96,15 @@ def put(tree, spec, mesh):
     return jax.tree.map(place, tree)
 
 
-@axis_types
+@meshes
 @pytest.mark.parametrize(("case", "of_x", "of_params", "of_y"), ROWS)
-def test_equals_one_device(case, of_x, of_params, of_y, axis_type):
+def test_equals_one_device(case, of_x, of_params, of_y, axis_type, context):
     layer, state = case.build(SHAPE[-1])
     layer = randomize(layer)
     x, weights = 3 * normal(0, SHAPE) + 1, normal(1, SHAPE)
     wanted = eqx.filter_jit(run)(layer, state, x, weights)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
-    with jax.set_mesh(mesh):
+    with context(mesh):
         args = (
             put(layer, of_params, mesh),
             put(state, of_params, mesh),
@@ -119,26 +128,27 @@ def test_equals_one_device(case, of_x, of_params, of_y, axis_type):
             assert spec(leaf) == fit(of_params, leaf)
 
 
-@axis_types
+@meshes
 @all_norms
-def test_without_jit(case, axis_type):
+def test_without_jit(case, axis_type, context):
     of_x = P("data", None, "model")
     layer, state = case.build(SHAPE[-1])
     x = normal(0, SHAPE)
     wanted = call(layer, state, x)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
-    with jax.set_mesh(mesh):
+    with context(mesh):
         y = call(layer, state, put(x, of_x, mesh))
     np.testing.assert_allclose(np.asarray(y), wanted, rtol=1e-5, atol=1e-5)
     assert spec(y) == of_x
 
 
+@pytest.mark.parametrize("context", [jax.set_mesh, contextlib.nullcontext])
 @over(*(case for case in LAYERS if case.stateful))
-def test_replicated_state_stays_so(case):
+def test_replicated_state_stays_so(case, context):
     """Whatever the rest is sharded like: else a step would be no body of a scan."""
     layer, state = case.build(SHAPE[-1])
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    with jax.set_mesh(mesh):
+    with context(mesh):
         of_x = P("data", None, "model" if case in NORMS else None)
         layer = put(layer, P("model"), mesh)
         xs = put(normal(0, (3, *SHAPE)), P(None, *of_x), mesh)

@@ -98,8 +98,9 @@ def from_torch(
 
     **Raises:**
 
-    `ValueError` for any other module; for missing, unexpected or misshapen entries; for
-    `InstanceNorm` with running statistics in training.
+    `ValueError` for any other module; for missing, unexpected or misshapen entries, but a
+    missing `num_batches_tracked` is zero, as in PyTorch; for tensors on the meta device;
+    for `InstanceNorm` with running statistics in training.
     """
     if isinstance(source, Mapping):
         if like is None:
@@ -195,6 +196,12 @@ def to_torch_state_dict(layer: Any, state: State | None = None) -> dict[str, Any
 def _array(value: Any) -> Array:
     """A copy of a tensor, or of anything that NumPy takes."""
     if hasattr(value, "detach"):
+        if value.is_meta:
+            raise ValueError(
+                "from_torch: needs the values of all tensors, got one on the meta device, "
+                "which has none. Load the weights first: `module.to_empty(device='cpu')`, "
+                "then `module.load_state_dict(...)`."
+            )
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":
             # Which NumPy does not have.
@@ -216,6 +223,8 @@ def _fill(like: Any, entries: Mapping[str, Any]) -> Any:
     shapes = {name: shape for name, value in expected.items() if value is not None}
     if isinstance(like, BatchNorm):
         shapes |= {"running_mean": shape, "running_var": shape, "num_batches_tracked": ()}
+        # Old state dicts have no count, and PyTorch starts to count anew.
+        entries = {"num_batches_tracked": np.zeros((), np.int32), **entries}
     check_entries(entries, shapes, source)
 
     # From the order of the input's axes to that of the layer's.
