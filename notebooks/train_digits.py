@@ -253,7 +253,10 @@ def plot(histories: dict[str, History], output: Path) -> None:
         style = f"o{NORMS[norm]}"
         loss.plot(epochs, history.loss.mean(axis=1), style, markersize=4, label=norm)
         accuracy.plot(epochs, 100 * history.accuracy, style, markersize=4, label=norm)
-    loss.set(title="Training loss", ylabel="mean cross-entropy", yscale="log")
+    same = (
+        ": batch-default is batch" if {"batch", "batch-default"} <= set(histories) else ""
+    )
+    loss.set(title=f"Training loss{same}", ylabel="mean cross-entropy", yscale="log")
     accuracy.set(title="Test accuracy", ylabel="per cent correct", ylim=(0, 102))
     for axes in (loss, accuracy):
         axes.set_xlabel("epoch")
@@ -283,7 +286,7 @@ def plot(histories: dict[str, History], output: Path) -> None:
         axes.set_xticks(ticks, [f"layer {i}" for i, _ in enumerate(ticks, start=1)])
         axes.tick_params(axis="x", length=0)
         axes.set(
-            title=f"What {norm} has learned: running mean and deviation",
+            title=f"What BatchNorm has learned ({norm}): running mean and deviation",
             xlabel="channels, by mean",
             ylabel="mean ± one standard deviation",
         )
