@@ -121,14 +121,10 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             average over all batches so far. Each call in training is a step of its own:
             where the gradients of `k` calls are accumulated to one step of the optimizer,
             `momentum ** (1 / k)` makes `k` calls forget as much as one did.
-        - `epsilon`: added to the variance. Not negative. With zero, features without
-            variance (in float32, of deviation below 1e-19) come out as zero, plus bias.
-        - `dtype`: of the result. By default what the input, scale and bias promote to.
+        - `epsilon`: added to the variance. Not negative. With zero, a feature that has no
+            variance but the rounding of its mean comes out as zero, plus bias.
         - `param_dtype`: of scale and bias. The running statistics are at least float32.
             Complex input needs a complex one, for the running mean.
-        - `use_bias`, `use_scale`: whether there is a bias, a scale.
-        - `bias_init`, `scale_init`: functions `(key, shape, dtype) -> array` that make
-            them, as in `jax.nn.initializers`.
         - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap`
             or `jax.shard_map` that the statistics are taken over too. Without it each
             example of a `vmap` has statistics of its own, and JAX refuses `out_axes=None`
@@ -137,23 +133,14 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             equal size and together all of them: each group is normalised with statistics of
             its own, and the running statistics take the average over the groups, weighted
             by what each counted.
-        - `use_fast_variance`: how the data is shifted before it is squared, which costs the
-            variance about $(\\text{shift} - \\text{mean})^2 / \\text{Var}$ roundings.
-            If `False`, by its mean: nothing is lost. If `True`, by less where the mean
-            would cost another reading or communication: on one CPU by nothing, but by the
-            mean once that is found to be more than two deviations from zero; elsewhere by
-            the median of the first, middle and last position, unless there is a `mask` or
-            a vmapped `axis_name`, or the last axes are those averaged over. Between devices
-            it is the running mean, or as on one CPU the mean of the batch.
         - `use_unbiased_variance`: whether the running variance is of the sample, divided
             by one less than the positions counted, as in PyTorch. The batch itself is
             normalised with the biased one either way.
         - `debias`: whether the running statistics are those of the batches alone, from the
             first one on. Otherwise they are those of Flax, step by step. It changes nothing
             for `momentum=None`; for `momentum=1` it is the same as `None`.
-        - `scale_offset`: added to the scale, the layer's or that of the call, in the
-            precision of the statistics. Without either there is no scale.
-        - `key`: a `jax.random` key for the initializers, if they need one.
+        - `dtype`, `use_bias`, `use_scale`, `bias_init`, `scale_init`, `use_fast_variance`,
+            `scale_offset`, `key`: as in [`eqx_norms.LayerNorm`][].
 
         **Raises:**
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ._collectives import Groups, Names
+from ._dtypes import ResultDType
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Shape
 
 
@@ -112,7 +113,9 @@ def check_momentum(momentum: float | None, *, layer: str) -> float | None:
     return momentum
 
 
-def check_dtype(dtype: DTypeLike, *, layer: str, argument: str) -> np.dtype:
+def check_dtype(
+    dtype: DTypeLike, *, layer: str, argument: str, others: str = ""
+) -> np.dtype:
     try:
         # NumPy takes `None` for float64.
         known = None if dtype is None else jnp.dtype(dtype)
@@ -120,9 +123,16 @@ def check_dtype(dtype: DTypeLike, *, layer: str, argument: str) -> np.dtype:
         known = None
     if known is None or not jnp.issubdtype(known, jnp.inexact):
         raise ValueError(
-            f"{layer}: `{argument}` must be a floating or complex dtype, got {dtype!r}."
+            f"{layer}: `{argument}` must be a floating or complex dtype{others}, got "
+            f"{dtype!r}."
         )
     return jax.dtypes.canonicalize_dtype(known)
+
+
+def check_result_dtype(dtype: DTypeLike | None, *, layer: str) -> ResultDType:
+    if dtype is None or (isinstance(dtype, str) and dtype == "input"):
+        return dtype
+    return check_dtype(dtype, layer=layer, argument="dtype", others=', "input" or `None`')
 
 
 def check_names(axis_name: AxisName, *, layer: str) -> Names | None:

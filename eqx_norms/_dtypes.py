@@ -1,11 +1,18 @@
 """Which precision a result has, and which one it is computed in."""
 
+from typing import Literal, TypeAlias
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from ._types import DTypeLike
+
+
+# What a layer's `dtype` can be: that of the result, that of the input, or what input and
+# parameters promote to.
+ResultDType: TypeAlias = np.dtype | Literal["input"] | None
 
 
 def promote(*dtypes: DTypeLike | Array) -> np.dtype:
@@ -16,21 +23,26 @@ def promote(*dtypes: DTypeLike | Array) -> np.dtype:
 
 
 def result_dtype(
-    dtype: np.dtype | None, x: Array, *others: Array | None, layer: str
+    dtype: ResultDType, x: Array, *others: Array | None, layer: str
 ) -> np.dtype:
-    """`dtype`, or else what the input and the parameters promote to."""
+    """The dtype of what is computed from `x` and, among `others`, the parameters."""
     promoted = promote(x.dtype, *(o for o in others if o is not None))
     if not jnp.issubdtype(promoted, jnp.inexact):
         promoted = promote(promoted, jnp.float32)
     if dtype is None:
         return promoted
-    real = not jnp.issubdtype(dtype, jnp.complexfloating)
+    if isinstance(dtype, str):
+        result = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else np.dtype(np.float32)
+    else:
+        result = dtype
+    real = not jnp.issubdtype(result, jnp.complexfloating)
     if real and jnp.issubdtype(promoted, jnp.complexfloating):
         raise ValueError(
-            f"{layer}: `dtype={dtype}` cannot hold the result, which is complex: input, "
-            f"scale and bias promote to {promoted}. Use a complex `dtype` or leave it out."
+            f"{layer}: with `dtype={dtype!s}` {result} cannot hold the result, which is "
+            f"complex: input, scale and bias promote to {promoted}. Use a complex `dtype` "
+            "or leave it out."
         )
-    return dtype
+    return result
 
 
 def real_dtype(dtype: np.dtype) -> np.dtype:

@@ -1,17 +1,36 @@
 import copy
+import warnings
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from equinox.nn import State
+from equinox.nn import Identity, Sequential, Shared, State
+from jax.tree_util import GetAttrKey, SequenceKey
 
-from ._batch_norm import BatchNorm
+from ._batch_norm import BatchNorm, find_batch_norms
 from ._checks import as_tuple
 from ._dtypes import cast, promote
+from ._state import get_state, remaining, with_entries
+from ._trees import (
+    KeyPath,
+    Left,
+    calls_as,
+    children,
+    kind,
+    list_left,
+    map_children,
+    type_name,
+)
+from ._wrapped import AbstractWrapper
 
 
 Layer = TypeVar("Layer")
+Model = TypeVar("Model")
+
+_LINEAR = ("Linear", "Conv", "ConvTranspose")
+_WRAPPERS = (AbstractWrapper, eqx.nn.WeightNorm, eqx.nn.SpectralNorm)
 
 
 def fold_batch_norm(layer: Layer, bn: Any, state: State) -> Layer:
@@ -94,6 +113,151 @@ def fold_batch_norm(layer: Layer, bn: Any, state: State) -> Layer:
         bias=cast(bias, weight.dtype).reshape(outputs, *trailing),
         use_bias=True,
     )
+
+
+def fold_batch_norms(model: Model, state: State) -> tuple[Model, State]:
+    """Folds every [`eqx_norms.BatchNorm`][] that directly follows a linear layer in an
+    `equinox.nn.Sequential` into that layer, as [`eqx_norms.fold_batch_norm`][] does for
+    one, for evaluation.
+
+    A Sequential within another counts as its layers, one after the other. An
+    `equinox.nn.Identity` takes the place of the BatchNorm: all other layers stay where they
+    are, and the model is called as before, with a state and a key if it was.
+
+    A BatchNorm is left where what comes before it is no `Linear`, `Conv` or `ConvTranspose`
+    of `equinox.nn`; where it is in a module with a `__call__` of its own, since nothing
+    tells what it follows there (`fold_batch_norm` and `equinox.tree_at` do it by hand);
+    and where its weights are tied or normalised by what is around them. One warning lists
+    all that are left.
+
+    !!! example
+
+        ```python
+        def make(key):
+            conv = eqx.nn.Conv2d(3, 16, 3, use_bias=False, key=key)
+            norm = en.BatchNorm(16, axis=0, axis_name="batch")
+            return eqx.nn.Sequential([conv, norm, eqx.nn.Lambda(jax.nn.relu)])
+
+        model, state = eqx.nn.make_with_state(make)(jax.random.key(0))
+        model, state = en.fold_batch_norms(eqx.nn.inference_mode(model), state)
+        y, state = model(jnp.ones((3, 8, 8)), state)
+        ```
+
+    **Arguments:**
+
+    - `model`: any PyTree.
+    - `state`: the `equinox.nn.State` that belongs to it, with the running statistics.
+
+    **Returns:**
+
+    The model, and a state without what the folded layers had in it. What was given stays as
+    it was.
+
+    **Raises:**
+
+    `ValueError` if there is no BatchNorm, if none can be folded, or if `state` belongs to
+    another model.
+
+    **Warns:**
+
+    Once, with path and reason, for all BatchNorms that were left.
+    """
+    for bn in find_batch_norms(model, "fold_batch_norms").values():
+        get_state(state, bn.state_index, layer="fold_batch_norms")
+    folding = _Folding(state)
+    folding.scan(model, ())
+    report = list_left(folding.left)
+    if not folding.folded:
+        raise ValueError(f"fold_batch_norms: no BatchNorm can be folded.{report}")
+    if folding.left:
+        warnings.warn(
+            f"fold_batch_norms: not every BatchNorm was folded.{report}", stacklevel=2
+        )
+    new = folding.renew(model, ())
+    return new, with_entries(remaining(state, folding.folded, new))
+
+
+class _Folding:
+    """What is folded and what is left of a model."""
+
+    def __init__(self, state: State):
+        self.state = state
+        self.new: dict[KeyPath, Any] = {}
+        self.folded: list[BatchNorm] = []
+        self.left: list[Left] = []
+
+    def scan(self, node: Any, path: KeyPath, why: str = "") -> None:
+        """Folds what is in a node, unless there is a reason not to."""
+        if isinstance(node, BatchNorm):
+            why = why or "it is in no `equinox.nn.Sequential`, which says what it follows"
+            self.left.append(Left(path, node, why))
+        elif isinstance(node, eqx.nn.BatchNorm):
+            self.left.append(Left(path, node, "`replace_norms` makes one of ours of it"))
+        elif not why and kind(node, "equinox.nn", ("Sequential",), "__call__"):
+            self._scan_links(node, path)
+        else:
+            if isinstance(node, Shared):
+                why = "`equinox.nn.Shared` may tie it, or what it follows. Call that first"
+            elif isinstance(node, _WRAPPERS):
+                why = f"a {type(node).__name__} is around what it follows. `bake` it first"
+            for below, child in children(node, path):
+                self.scan(child, below, why)
+
+    def _scan_links(self, sequence: Sequential, path: KeyPath) -> None:
+        before = None
+        for where, layer in _links(sequence, path):
+            if kind(layer, "equinox.nn", ("Identity",), "__call__"):
+                continue
+            if isinstance(layer, BatchNorm):
+                try:
+                    folded = self._fold(before, layer)
+                except ValueError as error:
+                    self.left.append(Left(where, layer, str(error)))
+                else:
+                    assert before is not None
+                    self.folded.append(layer)
+                    self.new[before[0]], self.new[where] = folded, Identity()
+                    before = before[0], folded
+                    continue
+            else:
+                self.scan(layer, where)
+            before = where, layer
+
+    def _fold(self, before: tuple[KeyPath, Any] | None, bn: BatchNorm) -> Any:
+        if not calls_as(bn, BatchNorm):
+            raise ValueError("a subclass of `BatchNorm` with a `__call__` of its own")
+        if before is None:
+            raise ValueError("nothing comes before it in its `equinox.nn.Sequential`")
+        layer = before[1]
+        if kind(layer, "equinox.nn", _LINEAR, "__call__") is None:
+            wrapped = " `bake` that first" if isinstance(layer, _WRAPPERS) else ""
+            raise ValueError(f"what comes before it is {type_name(layer)}.{wrapped}")
+        dimensions = getattr(layer, "num_spatial_dims", 0)
+        if layer.weight.ndim != dimensions + 2:
+            raise ValueError(
+                "several layers that were made under `equinox.filter_vmap`. Call "
+                "`fold_batch_norms` under it too"
+            )
+        if bn.axis not in ((0,), (-1 - dimensions,)):
+            raise ValueError(
+                f"its features are along `axis={bn.axis}`, those of the "
+                f"{type(layer).__name__} before it along axis 0"
+            )
+        return fold_batch_norm(layer, bn, self.state)
+
+    def renew(self, node: Any, path: KeyPath) -> Any:
+        if path in self.new:
+            return self.new[path]
+        return map_children(self.renew, node, path)
+
+
+def _links(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    """What is applied one after the other, and where each is in the model."""
+    if kind(node, "equinox.nn", ("Sequential",), "__call__"):
+        for number, layer in enumerate(node.layers):
+            yield from _links(layer, (*path, GetAttrKey("layers"), SequenceKey(number)))
+    else:
+        yield path, node
 
 
 def _replace(module: Any, **fields: Any) -> Any:

@@ -75,34 +75,15 @@ class GroupNorm(AbstractExampleNorm):
         - `num_groups`: how many groups the features are divided into.
         - `group_size`: how many features are in a group, in place of `num_groups`, which
             then must be `None`.
-        - `epsilon`: added to the variance. Not negative. With zero, positions without
-            variance (in float32, of deviation below 1e-19) come out as zero, plus bias.
-        - `dtype`: of the result. By default what the input, scale and bias promote to.
-        - `param_dtype`: of scale and bias.
-        - `use_bias`, `use_scale`: whether there is a bias, a scale.
-        - `bias_init`, `scale_init`: functions `(key, shape, dtype) -> array` that make
-            them, as in `jax.nn.initializers`.
         - `reduction_axes`: the axes that mean and variance are taken over, the feature axis
             among them; by default all but `batch_axes`.
         - `feature_axis`: the axis along which there are features: the last, by default; 0
             for one example of Equinox's convolutions.
         - `batch_axes`: the axes along which there are examples: the first, by default;
             `()` for a single example, as inside `jax.vmap`.
-        - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap`
-            or `jax.shard_map`: mean and variance are taken over these too.
-        - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of
-            equal size and together all of them: each group has statistics of its own.
-        - `use_fast_variance`: how the data is shifted before it is squared, which costs the
-            variance about $(\\text{shift} - \\text{mean})^2 / \\text{Var}$ roundings.
-            If `False`, by its mean: nothing is lost. If `True`, by less where the mean
-            would cost another reading or communication: on one CPU by nothing, but by the
-            mean once that is found to be more than two deviations from zero; elsewhere by
-            the median of the first, middle and last position, unless there is a `mask` or
-            a vmapped `axis_name`, or the last axes are those averaged over. Between devices
-            it is zero, or as on one CPU the mean.
-        - `scale_offset`: added to the scale, the layer's or that of the call, in the
-            precision of the statistics. Without either there is no scale.
-        - `key`: a `jax.random` key for the initializers, if they need one.
+        - `epsilon`, `dtype`, `param_dtype`, `use_bias`, `use_scale`, `bias_init`,
+            `scale_init`, `axis_name`, `axis_index_groups`, `use_fast_variance`,
+            `scale_offset`, `key`: as in [`eqx_norms.LayerNorm`][].
 
         **Raises:**
 

@@ -6,7 +6,6 @@ from typing import Any, ClassVar, overload
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from equinox.nn import State
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
@@ -15,14 +14,15 @@ from ._axes import feature_shape
 from ._checks import (
     as_tuple,
     canonicalize_axes,
-    check_dtype,
     check_epsilon,
     check_groups,
     check_names,
     check_num_features,
+    check_result_dtype,
     check_scale_offset,
 )
 from ._collectives import bound_members
+from ._dtypes import ResultDType
 from ._normalize import normalize
 from ._standardize import check_inputs
 from ._statistics import Inputs, Reduction, Settings
@@ -30,7 +30,23 @@ from ._types import AnyArray, AxisIndexGroups, AxisName, DTypeLike, Initializer,
 
 
 class AbstractNorm(eqx.Module):
-    """Scale, bias, and the settings that every layer has."""
+    """What `BatchNorm`, `LayerNorm`, `RMSNorm`, `GroupNorm` and `InstanceNorm` are derived
+    from, to tell them from other layers: scale, bias, and the settings that each has.
+
+    [`eqx_norms.WeightNorm`][] and [`eqx_norms.SpectralNorm`][] are none of these: in them
+    are the weights of other layers.
+
+    !!! example
+
+        ```python
+        model = [eqx.nn.Linear(4, 4, key=jax.random.key(0)), en.LayerNorm(4)]
+
+        # For `optax.adamw(..., mask=decayed)`: all parameters but those of norms.
+        is_norm = lambda node: isinstance(node, en.AbstractNorm)
+        params = eqx.filter(model, eqx.is_inexact_array)
+        decayed = jax.tree.map(lambda node: not is_norm(node), params, is_leaf=is_norm)
+        ```
+    """
 
     scale: Inexact[Array, "*features"] | None
     bias: Inexact[Array, "*features"] | None
@@ -38,7 +54,7 @@ class AbstractNorm(eqx.Module):
     epsilon: float = eqx.field(static=True)
     scale_offset: float = eqx.field(static=True)
     # With a default they are only printed where they differ from it.
-    dtype: np.dtype | None = eqx.field(static=True, default=None, kw_only=True)
+    dtype: ResultDType = eqx.field(static=True, default=None, kw_only=True)
     axis_name: tuple[Any, ...] | None = eqx.field(static=True, default=None, kw_only=True)
     axis_index_groups: tuple[tuple[int, ...], ...] | None = eqx.field(
         static=True, default=None, kw_only=True
@@ -71,9 +87,7 @@ class AbstractNorm(eqx.Module):
         )
         self.num_features = num_features
         self.epsilon = check_epsilon(epsilon, layer=name)
-        self.dtype = (
-            None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
-        )
+        self.dtype = check_result_dtype(dtype, layer=name)
         self.axis_name = check_names(axis_name, layer=name)
         self.axis_index_groups = check_groups(axis_index_groups, self.axis_name, layer=name)
         self.use_fast_variance = use_fast_variance

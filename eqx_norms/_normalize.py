@@ -47,12 +47,14 @@ def _deviation(
     excludes and that would not come out finite is taken for zero."""
     x, spread = inputs.x.astype(settings.wide(inputs.x)), settings.reduction.spread
     own = jax.tree.map(inputs.members.own, rows)
-    v, tiny = own.var + settings.epsilon, jnp.finfo(own.var.dtype).tiny
-    if settings.epsilon > tiny:
+    v, limits = own.var + settings.epsilon, jnp.finfo(own.var.dtype)
+    if settings.epsilon > limits.tiny:
         inv = lax.rsqrt(v)
     else:
-        # Without variance there is nothing to scale up: such data comes out as zero.
-        inv = jnp.where(v > tiny, lax.rsqrt(jnp.where(v > tiny, v, 1)), 0)
+        # Without variance, up to the rounding of the mean, such data comes out as zero.
+        rounding = 0 if own.mean is None else jnp.abs(3 * limits.eps * own.mean)
+        varies = v > limits.tiny + rounding**2
+        inv = jnp.where(varies, lax.rsqrt(jnp.where(varies, v, 1)), 0)
     if own.number is not None:
         inv = jnp.where(own.number > 0, inv, 0)
     inv = spread(inv, x).astype(x.dtype)
@@ -75,9 +77,8 @@ def _total(terms: tuple[Array | None, ...], dtype: np.dtype, offset: float = 0.0
 def _is_small(scale: Array | None, inv: Array) -> bool:
     """Whether `inv * scale` is no larger than one of them."""
     pairs = [] if scale is None else list(zip(scale.shape, inv.shape, strict=True))
-    return all(n == 1 or m != 1 for n, m in pairs) or all(
-        m == 1 or n != 1 for n, m in pairs
-    )
+    # Along each axis the one is of size 1 wherever the other is; or the other way round.
+    return len({n == 1 for n, m in pairs if (n == 1) != (m == 1)}) < 2
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -65,24 +65,11 @@ class RMSNorm(AbstractExampleNorm):
             the order of `feature_axes`.
         - `epsilon`: added to the mean square. Not negative. With zero, positions that are
             zero come out as zero.
-        - `dtype`: of the result. By default what the input and the scale promote to.
-        - `param_dtype`: of the scale.
-        - `use_scale`: whether there is a scale.
-        - `scale_init`: a function `(key, shape, dtype) -> array` that makes it, as in
-            `jax.nn.initializers`.
-        - `reduction_axes`: the axes that the mean square is taken over.
-        - `feature_axes`: the axes along which the scale varies. They need not be among
-            the `reduction_axes`.
-        - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap`
-            or `jax.shard_map`: the mean square is taken over these too.
-        - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of
-            equal size and together all of them: each group has a mean square of its own.
+        - `dtype`, `param_dtype`, `use_scale`, `scale_init`, `reduction_axes`,
+            `feature_axes`, `axis_name`, `axis_index_groups`, `scale_offset`, `key`: as in
+            [`eqx_norms.LayerNorm`][].
         - `use_fast_variance`: for the sake of Flax's interface. There is no mean to
-            subtract, so the data is read once, and exactly, either way. (In half precision
-            the sum of the squares must fit into float32: a thousand numbers of 5e17.)
-        - `scale_offset`: added to the scale, the layer's or that of the call, in the
-            precision of the statistics. Without either there is no scale.
-        - `key`: a `jax.random` key for the initializers, if they need one.
+            subtract, so `x` is read once either way.
 
         **Raises:**
 

@@ -1,4 +1,5 @@
-from collections.abc import Callable
+import functools as ft
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -12,11 +13,11 @@ from jaxtyping import Array, Float, Inexact, PRNGKeyArray
 from ._checks import check_dtype, check_integers
 from ._dtypes import promote, real_dtype, result_dtype
 from ._sharding import shard_like
-from ._state import get_state, needs_state, set_state
+from ._state import get_state, initial_state, needs_state, set_state
 from ._statistics import abs_square
 from ._types import Axes, DTypeLike
 from ._weight_norm import directions
-from ._wrapped import AbstractWrapper, Layer, is_stateful
+from ._wrapped import AbstractWrapper, Layer, is_stateful, over_stacks
 
 
 # Before the first call, so that evaluation is of use from the start.
@@ -121,8 +122,8 @@ class SpectralNorm(AbstractWrapper[Layer]):
         - `n_steps`: how many steps of power iteration a training call takes.
         - `epsilon`: lengths up to this count as zero: a weight whose largest singular value
             is no larger is not divided, and keeps its singular vectors.
-        - `dtype`: of the weights that the layer is called with, by default that of the
-            weight. The arithmetic is in float32 or wider.
+        - `dtype`: of the weights that the layer is called with. By default that of the
+            weight, and so with `"input"`. The arithmetic is in float32 or wider.
         - `param_dtype`: of the singular vectors and values, if wider than float32.
         - `error_on_non_matrix`: whether to raise for weights that are no matrices, rather
             than to take them for such.
@@ -244,6 +245,21 @@ class SpectralNorm(AbstractWrapper[Layer]):
         if is_stateful(self.layer):
             return self._call(new, x, state, *args, key=key, **kwargs)
         return self._call(new, x, *args, key=key, **kwargs), state
+
+    def _evaluation(self, state: State | None) -> Iterable[Array]:
+        if state is not None:
+            stats = get_state(state, self.state_index, layer=type(self).__name__)
+        else:
+            try:
+                stats = initial_state(self.state_index)
+            except ValueError:
+                raise ValueError(
+                    "SpectralNorm: has its singular vectors in the model's "
+                    "`equinox.nn.State`. Give it too: `bake(model, state)`."
+                ) from None
+        return map(
+            ft.partial(over_stacks, self._normalized), self._weights(), self.ranks, stats
+        )
 
     def spectral_stats(self, state: State) -> tuple[SpectralStats, ...]:
         """What `state` holds for this layer, weight by weight in the order of the field

@@ -10,15 +10,15 @@ from ._checks import (
     canonicalize_axes,
     check_axes,
     check_broadcasts,
-    check_dtype,
     check_epsilon,
     check_groups,
     check_mask,
     check_names,
+    check_result_dtype,
     check_scale_offset,
 )
 from ._collectives import bound_members
-from ._dtypes import result_dtype
+from ._dtypes import ResultDType, result_dtype
 from ._normalize import normalize
 from ._statistics import Inputs, Reduction, Settings
 from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike
@@ -31,7 +31,7 @@ def check_inputs(
     bias: tuple[Any, Any],
     *,
     feature_axes: tuple[int, ...],
-    dtype: np.dtype | None,
+    dtype: ResultDType,
     layer: str,
 ) -> tuple[Inputs, np.dtype]:
     """The arrays of a call, checked, and the dtype of its result. Of the scales and biases
@@ -72,10 +72,13 @@ def standardize(
     !!! example
 
         ```python
-        # Query-key norm: each head by itself, without the mean.
-        q = en.standardize(q, subtract_mean=False, scale=scale)
+        # A query-key norm: each head by itself, without subtracting the mean.
+        q = jnp.ones((2, 5, 4, 16))
+        q = en.standardize(q, subtract_mean=False, scale=jnp.ones(16))
+
         # An adaptive norm, whose scale is predicted around one.
-        y = en.standardize(x, scale=predicted, scale_offset=1.0, bias=shift)
+        x, scale, bias = jnp.ones((2, 5, 16)), jnp.zeros((2, 1, 16)), jnp.zeros((2, 1, 16))
+        y = en.standardize(x, scale=scale, scale_offset=1.0, bias=bias)
         ```
 
     **Arguments:**
@@ -88,8 +91,8 @@ def standardize(
     - `scale`, `bias`: $\gamma$ and $\beta$, each broadcastable to `x`.
     - `scale_offset`: added to `scale` in the precision of the statistics; without a `scale`
         it has no effect.
-    - `epsilon`: $\varepsilon$, added to the variance. Not negative. With zero, positions
-        without variance (in float32, of deviation below 1e-19) come out as zero, plus bias.
+    - `epsilon`: $\varepsilon$, added to the variance. Not negative. With zero, what has no
+        variance but the rounding of its mean comes out as zero, plus bias.
     - `subtract_mean`: whether to subtract the mean. If `False`, the variance is the mean
         square: a root mean square norm.
     - `use_fast_variance`: whether the variance may be taken about the first position in
@@ -98,7 +101,8 @@ def standardize(
         `jax.shard_map`: mean and variance are taken over these too.
     - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of equal
         size and together all of them: each group has statistics of its own.
-    - `dtype`: of the result. By default what `x`, `scale` and `bias` promote to.
+    - `dtype`: of the result. By default what `x`, `scale` and `bias` promote to; `"input"`
+        for that of `x`, float32 for integers and booleans.
 
     **Returns:**
 
@@ -112,10 +116,10 @@ def standardize(
     name = "standardize"
     names = check_names(axis_name, layer=name)
     groups = check_groups(axis_index_groups, names, layer=name)
-    dtype = None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
+    result = check_result_dtype(dtype, layer=name)
     x = jnp.asarray(x)
     inputs, dtype = check_inputs(
-        x, mask, (None, scale), (None, bias), feature_axes=(), dtype=dtype, layer=name
+        x, mask, (None, scale), (None, bias), feature_axes=(), dtype=result, layer=name
     )
     axes = check_axes(axes, layer=name, argument="axes")
     axes = canonicalize_axes(axes, x.ndim, layer=name, argument="axes")

@@ -7,6 +7,8 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 from equinox.nn import State, StateIndex
 
+from ._trees import find_nodes
+
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -49,6 +51,30 @@ def get_state(state: State, index: StateIndex[T], *, layer: str) -> T:
             "model. Make model and state together: `model, state = "
             "equinox.nn.make_with_state(Model)(...)`."
         ) from None
+
+
+def initial_state(index: StateIndex[T]) -> T:
+    """What a layer starts with, unless `make_with_state` took it out."""
+    return State(index).get(index)
+
+
+def remaining(state: State, old: Any, new: Any) -> dict[Any, Any]:
+    """What a state holds, by marker, without what `old` has in it and `new` has not."""
+    gone = markers(old) - markers(new)
+    values, names = state.tree_flatten()
+    return {
+        marker: value
+        for marker, value in zip(names, values, strict=True)
+        if marker not in gone
+    }
+
+
+def with_entries(entries: dict[Any, Any]) -> State:
+    return State.tree_unflatten(tuple(entries), tuple(entries.values()))
+
+
+def markers(tree: Any) -> set[Any]:
+    return {index.marker for index in find_nodes(tree, StateIndex).values()}
 
 
 def set_state(state: State, index: StateIndex[T], value: T) -> State:

@@ -1,10 +1,12 @@
+import functools as ft
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from equinox.nn import State
 from jax.nn.initializers import ones
 from jaxtyping import Array, Inexact, PRNGKeyArray
 
@@ -15,7 +17,7 @@ from ._normalize import normalize
 from ._statistics import Inputs, Reduction, Settings, abs_square
 from ._trees import find_nodes
 from ._types import Axes, DTypeLike, Initializer
-from ._wrapped import AbstractWrapper, Layer, is_stateful
+from ._wrapped import AbstractWrapper, Layer, is_stateful, over_stacks
 
 
 class WeightNorm(AbstractWrapper[Layer]):
@@ -69,7 +71,8 @@ class WeightNorm(AbstractWrapper[Layer]):
             layer does.
         - `epsilon`: added to the squared length. Not negative. Zeros stay zeros.
         - `dtype`: of the weights that the layer is called with. By default what the weight
-            and its scale promote to. The arithmetic is in float32 or wider.
+            and its scale promote to; `"input"` for that of the weight, which is what is
+            normalised here. The arithmetic is in float32 or wider.
         - `param_dtype`: of the scales.
         - `where`: a function that picks one weight or several out of the layer, as in
             `equinox.tree_at`. By default each leaf that is called `weight` and has two
@@ -162,10 +165,16 @@ class WeightNorm(AbstractWrapper[Layer]):
 
         What the layer raises.
         """
-        weights = self._weights()
-        scales = (None,) * len(weights) if self.scales is None else self.scales
-        new = map(self._normalized, weights, scales)
+        new = map(self._normalized, self._weights(), self._scales())
         return self._call(new, x, *args, key=key, **kwargs)
+
+    def _scales(self) -> tuple[Array | None, ...]:
+        return (None,) * len(self.weights) if self.scales is None else self.scales
+
+    def _evaluation(self, state: State | None) -> Iterable[Array]:
+        del state
+        arguments = (self._weights(), self.ranks, self._scales())
+        return map(ft.partial(over_stacks, self._normalized), *arguments)
 
 
 def directions(tree: Any) -> set[str]:

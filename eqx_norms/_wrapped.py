@@ -1,17 +1,18 @@
 """The weights of another layer: chosen, read, and replaced in a copy of it."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
-import numpy as np
-from equinox.nn import StatefulLayer, StateIndex
+from equinox.nn import State, StatefulLayer, StateIndex
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array
 
 from ._axes import other_axes
-from ._checks import canonicalize_axes, check_axes, check_dtype, check_epsilon
+from ._checks import canonicalize_axes, check_axes, check_epsilon, check_result_dtype
+from ._dtypes import ResultDType
 from ._trees import find_nodes
 from ._types import Axes, DTypeLike
 
@@ -54,9 +55,12 @@ class AbstractWrapper(StatefulLayer, Generic[Layer]):
 
     layer: Layer
     weights: tuple[str, ...] = eqx.field(static=True)
+    # How many dimensions each weight had when it was chosen: layers that are made under
+    # `filter_vmap` have them stacked.
+    ranks: tuple[int, ...] = eqx.field(static=True, repr=False)
     feature_axes: tuple[int, ...] = eqx.field(static=True)
     epsilon: float = eqx.field(static=True)
-    dtype: np.dtype | None = eqx.field(static=True, default=None, kw_only=True)
+    dtype: ResultDType = eqx.field(static=True, default=None, kw_only=True)
 
     def _set_common(
         self,
@@ -73,10 +77,10 @@ class AbstractWrapper(StatefulLayer, Generic[Layer]):
         self.weights = choose_weights(layer, where, wrapper=name)
         self.feature_axes = check_axes(feature_axes, layer=name, argument="feature_axes")
         self.epsilon = check_epsilon(epsilon, layer=name)
-        self.dtype = (
-            None if dtype is None else check_dtype(dtype, layer=name, argument="dtype")
-        )
-        return self._weights()
+        self.dtype = check_result_dtype(dtype, layer=name)
+        weights = self._weights()
+        self.ranks = tuple(weight.ndim for weight in weights)
+        return weights
 
     def _axes(self, weight: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The feature axes of a weight, and all others."""
@@ -90,24 +94,46 @@ class AbstractWrapper(StatefulLayer, Generic[Layer]):
 
     def _weights(self) -> tuple[Array, ...]:
         leaves = {keystr(path): leaf for path, leaf in tree_leaves_with_path(self.layer)}
-        if not leaves.keys() >= set(self.weights):
+        if not all(hasattr(leaves.get(path), "dtype") for path in self.weights):
+            arrays = [path for path, leaf in leaves.items() if hasattr(leaf, "dtype")]
             raise ValueError(
                 f"{type(self).__name__}: the weights that were chosen when it was made are "
-                f"{list(self.weights)}, but now the layer has {list(leaves)}. Wrap the new "
-                "layer anew."
+                f"{list(self.weights)}, but now the layer has {arrays}. Wrap the new layer "
+                "anew; or, if `equinox.nn.Shared` ties a weight to another, call that "
+                "first."
             )
         return tuple(leaves[path] for path in self.weights)
+
+    @abstractmethod
+    def _evaluation(self, state: State | None) -> Iterable[Array]:
+        """The weights that the layer is called with in evaluation."""
+
+    def _baked(self, state: State | None) -> Layer:
+        """The layer with the weights that it is called with in evaluation."""
+        return self._with(self._evaluation(state))
+
+    def _with(self, weights: Iterable[Array]) -> Layer:
+        """A copy of the layer with other weights."""
+        new = dict(zip(self.weights, weights, strict=True))
+        return tree_map_with_path(
+            lambda path, leaf: new.get(keystr(path), leaf), self.layer
+        )
 
     def _call(
         self, weights: Iterable[Array], *args: Any, key: Any = None, **kwargs: Any
     ) -> Any:
-        """Calls a copy of the layer with other weights."""
-        new = dict(zip(self.weights, weights, strict=True))
-        layer: Any = tree_map_with_path(
-            lambda path, leaf: new.get(keystr(path), leaf), self.layer
-        )
+        layer: Any = self._with(weights)
         # Not every layer takes a key.
         return layer(*args, **kwargs) if key is None else layer(*args, key=key, **kwargs)
+
+
+def over_stacks(
+    normalize: Callable[..., Array], weight: Array, rank: int, *args: Any
+) -> Array:
+    """Has one weight of this rank normalised, or each of those that are stacked."""
+    for _ in range(weight.ndim - rank):
+        normalize = jax.vmap(normalize)
+    return normalize(weight, *args)
 
 
 def is_stateful(layer: Any) -> bool:

@@ -1,11 +1,13 @@
 """Norms of `equinox.nn`, and whole models of them, against what they become."""
 
+import io
 import sys
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -75,14 +77,15 @@ STATELESS = {
         lambda: eqx.nn.GroupNorm(2, 6, channelwise_affine=False),
         (6, 3),
     ),
-    "WeightNorm": (lambda: eqx.nn.WeightNorm(conv()), (3, 4, 4)),
-    "WeightNorm, other axis": (lambda: eqx.nn.WeightNorm(conv(), axis=1), (3, 4, 4)),
-    "WeightNorm, no axis": (lambda: eqx.nn.WeightNorm(conv(), axis=None), (3, 4, 4)),
+    "WeightNorm": (lambda: eqx.nn.WeightNorm(eqx.nn.Linear(3, 4, key=KEY)), (3,)),
+    "WeightNorm, conv": (lambda: eqx.nn.WeightNorm(conv()), (3, 4, 4)),
+    "WeightNorm, conv, other axis": (lambda: eqx.nn.WeightNorm(conv(), axis=1), (3, 4, 4)),
+    "WeightNorm, conv, no axis": (lambda: eqx.nn.WeightNorm(conv(), axis=None), (3, 4, 4)),
 }
 
 
 def test_as_made_by_hand():
-    made = en.LayerNorm(3, epsilon=1e-5)
+    made = en.LayerNorm(3, epsilon=1e-5, dtype="input")
     assert eqx.tree_equal(convert.from_equinox(eqx.nn.LayerNorm(3)), made)
 
 
@@ -480,8 +483,9 @@ class Renamed(eqx.nn.LayerNorm):
 
 
 def test_subclasses():
-    """Those that compute something else are none of our business."""
-    model = convert.replace_norms([Doubled(), Renamed()])
+    """Those that compute something else are left."""
+    with pytest.warns(UserWarning, match=r"Doubled at model\[0\]: a subclass of `eq"):
+        model = convert.replace_norms([Doubled(), Renamed()])
     assert [type(layer) for layer in model] == [Doubled, en.LayerNorm]
 
 
@@ -491,7 +495,9 @@ def test_subclasses():
 def test_no_counterpart(layer):
     with pytest.raises(ValueError, match=r"no counterpart for .*LayerNorm.* `equinox.nn`"):
         convert.from_equinox(layer)
-    with pytest.raises(ValueError, match=r"no norm in this model: no BatchNorm, .* of `eq"):
+    with pytest.raises(
+        ValueError, match=r"no norm to replace in this model. .*: BatchNorm"
+    ):
         convert.replace_norms([layer])
 
 
@@ -514,6 +520,434 @@ def test_state_missing_or_foreign(name):
         _, foreign = eqx.nn.make_with_state(Counter)()
         with pytest.raises(ValueError, match="holds nothing for this layer"):
             function(old, foreign)
+
+
+# -- What is left, and rules for it.
+
+
+class ChannelNorm(eqx.Module):
+    """Of a model's own."""
+
+    weight: jax.Array
+
+    def __init__(self, size=3, seed=1):
+        self.weight = normal(seed, (size,))
+
+    def __call__(self, x, *, key=None):
+        y = x - jnp.mean(x, 0, keepdims=True)
+        return self.weight[:, None] * y / jnp.sqrt(jnp.mean(y**2, 0, keepdims=True) + 1e-6)
+
+
+class OwnChannelNorm(ChannelNorm):
+    def __init__(self):
+        super().__init__()
+
+
+class TwiceChannelNorm(ChannelNorm):
+    def __init__(self):
+        super().__init__()
+
+    def __call__(self, x, *, key=None):
+        return 2 * super().__call__(x)
+
+
+def renew(layer):
+    new = en.LayerNorm(layer.weight.size, use_bias=False, reduction_axes=0, feature_axes=0)
+    return eqx.tree_at(lambda new: new.scale, new, layer.weight)
+
+
+class PreNorm(eqx.Module):
+    """A norm by name alone: the one in it is."""
+
+    norm: Any
+    linear: eqx.nn.Linear
+
+    def __call__(self, x):
+        return self.linear(self.norm(x))
+
+
+class LogNormal(eqx.Module):
+    def __call__(self, x):
+        return x
+
+
+class NormalizingFlow(LogNormal):
+    pass
+
+
+class NormStats(eqx.Module):
+    mean: jax.Array
+
+
+def unknown():
+    return eqx.nn.GroupNorm(2, channelwise_affine=False)
+
+
+def left_in(model, *args, **kwargs):
+    """The result, and the lines of the one warning."""
+    with pytest.warns(UserWarning, match="not every norm was replaced") as record:
+        new = convert.replace_norms(model, *args, **kwargs)
+    assert len(record) == 1
+    return new, str(record[0].message).splitlines()
+
+
+def test_what_is_left_is_listed():
+    model = {
+        "own": [ChannelNorm(), eqx.nn.Lambda(ChannelNorm())],
+        "no norms": (
+            LogNormal(),
+            NormStats(jnp.ones(3)),
+            en.LayerNorm(3),
+            jax.nn.relu,
+            1.0,
+        ),
+        "pre": PreNorm(eqx.nn.LayerNorm(3), eqx.nn.Linear(3, 3, key=KEY)),
+        "ours": PreNorm(en.LayerNorm(3), eqx.nn.Linear(3, 3, key=KEY)),
+        "unknown": eqx.filter_vmap(unknown()),
+        "doubled": Doubled(),
+    }
+    new, lines = left_in(model)
+    assert type(new["pre"].norm) is en.LayerNorm
+    own = f"{__name__}.ChannelNorm at model['own'][0], model['own'][1].fn"
+    assert lines[1:-1] == [
+        f"- {__name__}.Doubled at model['doubled']: a subclass of `equinox.nn.LayerNorm` "
+        "with a `__call__` of its own",
+        f"- {own}: a class that is not of `equinox.nn`",
+        "- equinox.nn.GroupNorm at model['unknown']._fun: A GroupNorm of `equinox.nn` "
+        "with `channels=None` does not say how many features it has, which "
+        "`eqx_norms.GroupNorm` must know. Make it with `channels`.",
+    ]
+    for name in ("own", "no norms", "ours", "unknown", "doubled"):
+        assert eqx.tree_equal(new[name], model[name])
+
+
+@pytest.mark.parametrize("make", [ChannelNorm, unknown, Doubled])
+def test_nothing_but_what_is_left(make):
+    """An error says it too."""
+    with pytest.raises(
+        ValueError, match=rf"(?s)no norm to replace.*{make().__class__.__name__}"
+    ):
+        convert.replace_norms([make()])
+
+
+def test_rules():
+    model = [
+        OwnChannelNorm(),
+        {"a": ChannelNorm(seed=2)},
+        unknown(),
+        eqx.nn.LayerNorm(3),
+        PreNorm(Renamed(), eqx.nn.Linear(3, 3, key=KEY)),
+    ]
+    rules = {
+        ChannelNorm: renew,
+        eqx.nn.GroupNorm: lambda layer: en.GroupNorm(
+            4, layer.groups, epsilon=layer.eps, feature_axis=0, batch_axes=()
+        ),
+        # Of `equinox.nn`, and its subclasses that compute the same.
+        eqx.nn.LayerNorm: lambda layer: en.RMSNorm(3),
+    }
+    new = convert.replace_norms(model, rules=rules)
+    x = normal(7, (2, 3, 4))
+    for old, layer in [(model[0], new[0]), (model[1]["a"], new[1]["a"])]:
+        assert type(layer) is en.LayerNorm
+        close(call(layer, None, x)[0], call(old, None, x)[0], 1e-5)
+    assert [type(layer) for layer in new[2:4]] == [en.GroupNorm, en.RMSNorm]
+    assert type(new[4].norm) is en.RMSNorm
+    close(call(new[2], None, x.mT)[0], call(model[2], None, x.mT)[0], 1e-5)
+
+
+def test_rules_end_at_another_call():
+    model = [ChannelNorm(), TwiceChannelNorm()]
+    new, lines = left_in(model, rules={ChannelNorm: renew})
+    assert [type(layer) for layer in new] == [en.LayerNorm, TwiceChannelNorm]
+    assert "TwiceChannelNorm at model[1]: a class that" in lines[1]
+
+
+def test_a_rule_that_leaves():
+    """On purpose: it is not listed."""
+    model = [ChannelNorm(), eqx.nn.RMSNorm(3)]
+    leave = {ChannelNorm: lambda layer: layer}
+    new = convert.replace_norms(model, rules=leave)
+    assert new[0] is model[0]
+    assert type(new[1]) is en.RMSNorm
+    with pytest.raises(ValueError, match="no norm to replace"):
+        convert.replace_norms(model[:1], rules=leave)
+
+
+def test_a_rule_that_raises():
+    with pytest.raises(AttributeError, match="num_features") as raised:
+        convert.replace_norms(
+            [[ChannelNorm()]], rules={ChannelNorm: lambda layer: layer.num_features}
+        )
+    assert "ChannelNorm at model[0][0]: the rule" in raised.value.__notes__[0]
+    with pytest.raises(ValueError, match=r"model\[0\]: the rule for it returned `None`"):
+        convert.replace_norms([ChannelNorm()], rules={ChannelNorm: lambda layer: None})
+
+
+@pytest.mark.parametrize("rules", [{"ChannelNorm": renew}, {ChannelNorm: 3}, [renew]])
+def test_no_rules(rules):
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match="rules"):
+        convert.replace_norms([eqx.nn.LayerNorm(3)], rules=rules)
+
+
+class OwnBatchNorm(eqx.nn.StatefulLayer):
+    """With a state of its own."""
+
+    mean: eqx.nn.StateIndex
+    var: eqx.nn.StateIndex
+    inference: bool
+
+    def __init__(self, seed):
+        self.mean = eqx.nn.StateIndex(normal(seed, (3,)))
+        self.var = eqx.nn.StateIndex(1 + normal(seed + 1, (3,)) ** 2)
+        self.inference = True
+
+    def __call__(self, x, state, *, key=None):
+        mean, var = state.get(self.mean), state.get(self.var)
+        return (x - mean) / jnp.sqrt(var + 1e-5), state
+
+
+def own():
+    return eqx.nn.Sequential(
+        [OwnBatchNorm(1), Counter(), OwnBatchNorm(3), norm(3), eqx.nn.Linear(3, 3, key=KEY)]
+    )
+
+
+def read(layer, state):
+    """`(layer, state)` of a BatchNorm in the place of one of the model's own."""
+    make = eqx.nn.make_with_state(en.BatchNorm)
+    new, new_state = make(3, use_scale=False, use_bias=False, axis_name="batch")
+    stats = new.running_stats(new_state)
+    mean, var = (
+        eqx.nn.State(index).get(index) if state is None else state.get(index)
+        for index in (layer.mean, layer.var)
+    )
+    stats = eqx.tree_at(lambda stats: (stats.mean, stats.var), stats, (mean, var))
+    return new, new_state.set(new.state_index, stats)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("pair", [False, True])
+def test_rules_with_state(before, pair):
+    old, state = eqx.nn.make_with_state(own)()
+
+    def rule(layer):
+        new, own = read(layer, None if before else state)
+        if pair:
+            return new, own
+        # Or a layer with its initial state in it.
+        index = eqx.nn.StateIndex(own.get(new.state_index))
+        return eqx.tree_at(lambda new: new.state_index, new, index)
+
+    rules = {OwnBatchNorm: rule}
+    if before:
+        make = lambda: convert.replace_norms(own(), rules=rules)  # noqa: E731
+        new, new_state = eqx.nn.make_with_state(make)()
+    else:
+        new, new_state = convert.replace_norms(old, state, rules=rules)
+    x = normal(7, (8, 3))
+    close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
+    # Each of three norms has three arrays, and the counter one.
+    assert len(jax.tree.leaves(new_state)) == 10
+    assert len({layer.state_index.marker for layer in norms_in(new, en.BatchNorm)}) == 3
+    # Each goes its own way in training; the old model and state can be used again.
+    _, new_state = call(new, new_state, x)
+    first, second, _ = (
+        layer.running_stats(new_state) for layer in norms_in(new, en.BatchNorm)
+    )
+    assert not np.allclose(first.mean, second.mean)
+    evaluate(old, state, x)
+
+
+def test_a_rule_without_its_state():
+    old, state = eqx.nn.make_with_state(own)()
+    with pytest.raises(ValueError, match=r"no state for model.layers\[0\].state_index"):
+        convert.replace_norms(
+            old, state, rules={OwnBatchNorm: lambda layer: read(layer, state)[0]}
+        )
+
+
+def test_names_in_shared():
+    """Functions that tie by the names of fields keep them: the whole is left."""
+    pair = [eqx.nn.LayerNorm(3), eqx.nn.LayerNorm(3), eqx.nn.RMSNorm(3)]
+    tied = eqx.nn.Shared(pair, lambda p: p[1].weight, lambda p: p[0].weight)
+    new, lines = left_in([tied, eqx.nn.LayerNorm(3)])
+    assert eqx.tree_equal(new[0], tied)
+    assert type(new[1]) is en.LayerNorm
+    assert [line.partition(": ")[0] for line in lines[1:-1]] == [
+        "- equinox.nn.LayerNorm at model[0].pytree[1]",
+        "- equinox.nn.LayerNorm at model[0].pytree[0]",
+        "- equinox.nn.RMSNorm at model[0].pytree[2]",
+    ]
+    new[0]()
+    # What is tied is no part of the norms here.
+    embedding = eqx.nn.Embedding(3, 3, key=KEY)
+    parts = [embedding, eqx.nn.LayerNorm(3), eqx.nn.Linear(3, 3, key=KEY)]
+    tied = eqx.nn.Shared(parts, lambda p: p[2].weight, lambda p: p[0].weight)
+    first, second, third = convert.replace_norms(tied)()
+    assert type(second) is en.LayerNorm
+    assert third.weight is first.weight
+
+
+def test_names_in_wrappers():
+    """The weights of a norm may be what a wrapper normalises."""
+    table = shaken(eqx.nn.LayerNorm((3, 4)))
+    model = [
+        eqx.nn.WeightNorm(table),
+        en.WeightNorm(PreNorm(table, eqx.nn.Linear(3, 3, key=KEY))),
+        eqx.nn.LayerNorm(3),
+    ]
+    new, lines = left_in(model)
+    assert eqx.tree_equal(new[:2], model[:2])
+    assert [line.partition(": ")[0] for line in lines[1:-1]] == [
+        "- equinox.nn.WeightNorm at model[0]",
+        "- equinox.nn.LayerNorm at model[0].layer",
+        "- equinox.nn.LayerNorm at model[1].layer.norm",
+    ]
+    with pytest.raises(
+        ValueError, match="which has none of that name once it is converted"
+    ):
+        convert.from_equinox(model[0])
+
+
+def test_one_of_a_state_is_left():
+    """Left with the state it had: of what was tried, nothing is kept."""
+
+    class Both(eqx.Module):
+        weight: jax.Array
+        norm: BN
+
+    def make():
+        linear = eqx.nn.Linear(3, 3, dtype=jnp.complex64, key=KEY)
+        tied = [norm(3), eqx.nn.LayerNorm(3)]
+        return [
+            eqx.nn.SpectralNorm(linear, "weight", key=KEY),
+            eqx.nn.Shared(tied, lambda t: t[1].weight, lambda t: t[0].weight),
+            norm(3),
+        ]
+
+    old, state = eqx.nn.make_with_state(make)()
+    (new, new_state), lines = left_in(old, state)
+    assert len(lines) == 5
+    assert eqx.tree_equal(new[:2], old[:2])
+    assert type(new[2]) is en.BatchNorm
+    for index in (old[0].uv_index, old[1].pytree[0].batch_state_index):
+        assert eqx.tree_equal(new_state.get(index), state.get(index))
+
+
+def test_norms_in_a_wrapper_of_equinox():
+    """`from_equinox` warns of them too."""
+
+    class Normed(eqx.Module):
+        weight: jax.Array
+        norm: Any
+
+    layer = eqx.nn.WeightNorm(Normed(normal(1, (4, 3)), unknown()))
+    with pytest.warns(
+        UserWarning, match=r"from_equinox: not every(?s:.*)at model.layer.norm"
+    ):
+        new = convert.from_equinox(layer)
+    assert type(new) is en.WeightNorm
+    assert type(new.layer.norm) is eqx.nn.GroupNorm
+
+
+# -- Dtypes, names of axes, and checkpoints.
+
+
+ALL = {**STATELESS, **STATEFUL}
+FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+@pytest.mark.parametrize("x", FLOATS, ids=lambda d: jnp.dtype(d).name)
+@pytest.mark.parametrize("param", FLOATS, ids=lambda d: jnp.dtype(d).name)
+@pytest.mark.parametrize("name", [n for n in ALL if "conv" not in n and n != "ema"])
+def test_dtype_as_before(name, param, x):
+    """With parameters of any dtype, and a state that is float32 still. (In training, "ema"
+    raises in half precision. A convolution takes one dtype.)"""
+    make, shape = ALL[name]
+    old, state = eqx.nn.make_with_state(make)() if name in STATEFUL else (make(), None)
+    old = jax.tree.map(lambda a: a.astype(param) if eqx.is_inexact_array(a) else a, old)
+    if state is None:
+        new, new_state = convert.from_equinox(old), None
+    else:
+        new, new_state = convert.from_equinox(old, state)
+    x = jnp.zeros((2, *shape), x)
+
+    def dtypes(*args):
+        training = eqx.filter_eval_shape(forward, *args, x)[0].dtype
+        args = eqx.nn.inference_mode(args[0]), args[1]
+        return training, eqx.filter_eval_shape(forward, *args, x)[0].dtype
+
+    found = dtypes(new, new_state)
+    if type(new) is not en.BatchNorm:
+        assert found == dtypes(old, state)
+    else:
+        # That of Equinox may be wider in evaluation, as the running statistics are.
+        training, evaluation = dtypes(eqx.nn.inference_mode(old, False), state)
+        assert found == (training, training)
+        assert evaluation in (training, jnp.float32)
+
+
+def test_integers():
+    """Equinox truncates the result."""
+    x = jnp.arange(5)
+    layer = eqx.nn.LayerNorm(5)
+    y = convert.from_equinox(layer)(x)
+    close(y, layer(x.astype(jnp.float32)), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(None, ("batch",)), ("rows", ("rows",)), (("a", "b"), ("a", "b")), ((), None)],
+)
+def test_axis_name(given, kept):
+    """Settings are static: they are chosen when a layer is made."""
+    layer, state = eqx.nn.make_with_state(norm)(3)
+    new, _ = convert.from_equinox(layer, state, axis_name=given)
+    assert new.axis_name == kept
+    model, state = eqx.nn.make_with_state(ResNet)(KEY)
+    model, _ = convert.replace_norms(model, state, axis_name=given)
+    assert {layer.axis_name for layer in norms_in(model, en.BatchNorm)} == {kept}
+    assert {layer.axis_name for layer in norms_in(model, *OURS[1:])} == {None}
+
+
+def test_checkpoints():
+    """Files of a model as it was load into what it has become."""
+
+    def make(seed):
+        a, b = jax.random.split(jax.random.key(seed))
+        return [
+            eqx.nn.LayerNorm((3, 4)),
+            PreNorm(eqx.nn.RMSNorm(3), eqx.nn.Linear(3, 3, key=a)),
+            eqx.nn.GroupNorm(2, 4),
+            {"table": eqx.nn.Embedding(3, 3, key=b)},
+            eqx.filter_vmap(lambda _: eqx.nn.LayerNorm(3))(jnp.arange(5)),
+        ]
+
+    old = shaken(make(0))
+    wanted = convert.replace_norms(old)
+    file = io.BytesIO()
+    eqx.tree_serialise_leaves(file, old)
+    skeletons = {
+        "arrays": convert.replace_norms(make(1)),
+        "shapes": eqx.filter_eval_shape(lambda: convert.replace_norms(make(1))),
+    }
+    for skeleton in skeletons.values():
+        file.seek(0)
+        assert eqx.tree_equal(eqx.tree_deserialise_leaves(file, skeleton), wanted)
+
+
+@pytest.mark.parametrize("name", [*STATEFUL, "WeightNorm"])
+def test_checkpoints_of_other_arrays(name, tmp_path):
+    """An error, or these load into the model as it was, which then is converted."""
+    make = ALL[name][0]
+    old, state = eqx.nn.make_with_state(make)()
+    eqx.tree_serialise_leaves(tmp_path / "old.eqx", (shaken(old), state))
+    like = eqx.nn.make_with_state(lambda: convert.replace_norms(make()))()
+    with pytest.raises((RuntimeError, ValueError, EOFError)):
+        eqx.tree_deserialise_leaves(tmp_path / "old.eqx", like)
+    loaded = eqx.tree_deserialise_leaves(tmp_path / "old.eqx", (old, state))
+    assert eqx.tree_equal(loaded, (shaken(old), state))
 
 
 # -- Without PyTorch.

@@ -335,7 +335,9 @@ def test_not_to_flax():
         convert.to_flax_variables(norm)
     with pytest.raises(ValueError, match=r"`scale_offset=1.0` has no counterpart"):
         convert.to_flax_variables(en.RMSNorm(3, scale_offset=1.0))
-    with pytest.raises(ValueError, match=r"needs a `BatchNorm`, .* got equinox.nn._norm"):
+    with pytest.raises(
+        ValueError, match=r"needs a `BatchNorm`, .* got equinox.nn.LayerNorm"
+    ):
         convert.to_flax_variables(eqx.nn.LayerNorm(3))
     with pytest.raises(ValueError, match="an RMSNorm has no bias"):
         convert.to_flax_variables(convert.from_equinox(eqx.nn.RMSNorm(3)))
@@ -350,3 +352,35 @@ def test_variables_that_are_none(variables):
         ValueError, match=r"variables must be those of this one module, by c"
     ):
         convert.from_flax(nn.LayerNorm(), variables)
+
+
+@pytest.mark.parametrize("package", ["nnx", "linen"])
+def test_axis_name_at_conversion(package):
+    """For use inside a `vmap`, where Flax's was for batches."""
+    x = data((4, 3, 6))
+
+    def source(name, **kwargs):
+        if package == "nnx":
+            return (nnx_layer(name, kwargs),)
+        return linen_layer(name, kwargs, x)
+
+    given = source("BatchNorm")
+    layer, state = convert.from_flax(*given)
+    expected, expected_state = call(layer, state, x)
+    named, state = convert.from_flax(*given, axis_name="batch")
+    assert named.axis_name == ("batch",)
+    forward = jax.vmap(named, in_axes=(0, None), out_axes=(0, None), axis_name="batch")
+    y, state = forward(x, state)
+    close(y, expected)
+    after, before = named.running_stats(state), layer.running_stats(expected_state)
+    close(after.mean, before.mean)
+    close(after.var, before.var)
+
+
+def test_axis_name_of_its_own():
+    """Taken away by none, and that of other layers is theirs."""
+    layer = nnx_layer("BatchNorm", {"axis_name": "batch"})
+    assert convert.from_flax(layer)[0].axis_name == ("batch",)
+    assert convert.from_flax(layer, axis_name=())[0].axis_name is None
+    layer = nnx_layer("LayerNorm", {"axis_name": "devices"})
+    assert convert.from_flax(layer, axis_name="batch").axis_name == ("devices",)

@@ -259,6 +259,8 @@ def test_like():
         convert.from_torch(entries_with())
     with pytest.raises(ValueError, match="`like` is for a state dict"):
         convert.from_torch(BN1(6), like=en.BatchNorm(6))
+    with pytest.raises(ValueError, match="`axis_name` is for a module"):
+        convert.from_torch(entries_with(), like=en.BatchNorm(6), axis_name="batch")
     with pytest.raises(ValueError, match=r"must be a layer of eqx_norms, got equinox\.nn"):
         convert.from_torch(entries_with(), like=eqx.nn.LayerNorm(6))
     with pytest.raises(ValueError, match=r"`scale_offset=1.0` has no counterpart"):
@@ -306,7 +308,9 @@ def test_not_to_torch():
         ValueError, match=r"statistics .* `to_torch_state_dict\(layer, state"
     ):
         convert.to_torch_state_dict(norm)
-    with pytest.raises(ValueError, match=r"needs a `BatchNorm`, .* got equinox.nn._norm"):
+    with pytest.raises(
+        ValueError, match=r"needs a `BatchNorm`, .* got equinox.nn.LayerNorm"
+    ):
         convert.to_torch_state_dict(eqx.nn.LayerNorm(3))
     several = en.InstanceNorm((3, 4), feature_axes=(1, 2))
     with pytest.raises(ValueError, match=r"has one feature axis, this one has \(1, 2\)"):

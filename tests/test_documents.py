@@ -71,7 +71,7 @@ def test_examples_run(block):
 def test_everything_public_is_documented():
     assert all(inspect.getdoc(thing) for thing in PUBLIC.values())
     layers = [name for name in PUBLIC if name.endswith("Norm")]
-    assert len(layers) == 7
+    assert len(layers) == 8
     for name in (*layers, *vars(en.convert)):
         if name in PUBLIC and name != "to_torch_state_dict":
             assert blocks(inspect.getdoc(PUBLIC[name]) or ""), name

@@ -9,6 +9,7 @@ from eqx_norms._checks import check_dtype
 from eqx_norms._dtypes import promote, real_dtype, result_dtype
 
 from .helpers import (
+    WRAPPERS,
     Norm,
     all_layers,
     all_norms,
@@ -16,6 +17,7 @@ from .helpers import (
     clone,
     float64,
     normal,
+    over,
     randomize,
     reference,
 )
@@ -59,12 +61,19 @@ def test_promotion_is_not_the_callers():
         (BF16, F32, (F32, None), BF16),
         (F32, jnp.int8, (None, None), F32),
         (C64, F32, (F32, None), C64),
+        ("input", BF16, (F32, None), BF16),
+        ("input", F32, (BF16, BF16), F32),
+        ("input", F16, (BF16, None), F16),
+        ("input", C64, (F32, None), C64),
+        ("input", jnp.int32, (BF16, None), F32),
+        ("input", jnp.bool_, (None, None), F32),
     ],
     ids=str,
 )
 def test_result_dtype(dtype, x, others, expected):
     arrays = [None if other is None else jnp.ones(3, other) for other in others]
-    dtype = None if dtype is None else np.dtype(dtype)
+    if dtype not in (None, "input"):
+        dtype = np.dtype(dtype)
     assert result_dtype(dtype, jnp.ones(3, x), *arrays, layer="Layer") == expected
 
 
@@ -139,6 +148,58 @@ def test_input_dtypes(case, dtype):
 )
 def test_result_is_rounded_once(case, x, dtype, param_dtype, result):
     check(case, data(x), dtype, param_dtype, result)
+
+
+@all_norms
+@pytest.mark.parametrize("dtype", [*DTYPES, F32], ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("param_dtype", [BF16, F32], ids=lambda d: np.dtype(d).name)
+def test_as_the_input(case, dtype, param_dtype):
+    """Whatever the parameters are, with those of the call too."""
+    result = dtype if jnp.issubdtype(dtype, jnp.inexact) else F32
+    check(case, data(dtype), "input", param_dtype, result)
+    layer, state = case.build(dtype="input", param_dtype=param_dtype)
+    assert "dtype='input'" in repr(layer)
+    y = call(layer, state, data(dtype), scale=jnp.ones(8, F32), bias=jnp.ones(8, F32))
+    assert y.dtype == result
+
+
+@all_norms
+def test_as_the_input_in_other_widths(case):
+    with float64():
+        check(case, normal(0, SHAPE, F64), "input", F32, F64)
+        check(case, normal(0, SHAPE, F32), "input", F64, F32)
+        # Integers have no width of their own.
+        check(case, data(jnp.int32).astype(jnp.int64), "input", F64, F32)
+    layer, state = case.build(dtype="input", param_dtype=C64)
+    with pytest.raises(ValueError, match=r"`dtype=input` float32 cannot hold the result"):
+        call(layer, state, data(F32))
+    assert call(layer, state, data(C64)).dtype == C64
+
+
+@over(*WRAPPERS)
+def test_the_input_of_a_wrapper_is_the_weight(case):
+    """The identity it is called with has no say in the result."""
+    for param_dtype in (BF16, F32):
+        check(case, None, "input", param_dtype, param_dtype)
+    layer, state = case.build(dtype="input", param_dtype=F32)
+    half = jax.tree.map(
+        lambda leaf: leaf.astype(BF16) if eqx.is_inexact_array(leaf) else leaf, layer.layer
+    )
+    # A scale that is wider does not widen it.
+    layer = eqx.tree_at(lambda layer: layer.layer, layer, half)
+    assert call(layer, state, jnp.eye(8, dtype=jnp.int32)).dtype == BF16
+
+
+@all_norms
+def test_scan_in_half_precision(case):
+    """A carry keeps its dtype: blocks in bfloat16 with norms in float32."""
+    layer, state = case.build(dtype="input")
+    x = data(BF16)
+    y, _ = jax.lax.scan(lambda x, _: (call(layer, state, x), None), x, length=3)
+    assert y.dtype == BF16
+    layer, state = case.build()
+    with pytest.raises(TypeError, match="carry"):
+        jax.lax.scan(lambda x, _: (call(layer, state, x), None), x, length=3)
 
 
 @all_norms

@@ -133,11 +133,15 @@ TABLE = [
     Bad("integer dtype", ALL, {"dtype": np.int32}, "`dtype` must be a floating or complex"),
     Bad(
         "unknown dtype", ALL, {"dtype": "float31"},
-        "`dtype` must be a floating or complex dtype, got 'float31'",
+        "`dtype` must be a floating or complex dtype, \"input\" or `None`, got 'float31'",
     ),
     Bad(
         "no param_dtype", ALL, {"param_dtype": None},
         "`param_dtype` must be a floating or complex dtype, got None",
+    ),
+    Bad(
+        "param_dtype of an input", ALL, {"param_dtype": "input"},
+        "`param_dtype` must be a floating or complex dtype, got 'input'",
     ),
     Bad(
         "integer param_dtype", ALL, {"param_dtype": np.int32},

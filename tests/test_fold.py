@@ -277,3 +277,306 @@ def test_state_of_another_model():
     with pytest.raises(ValueError, match="holds nothing for this layer"):
         en.fold_batch_norm(layer, bn, other)
     en.fold_batch_norm(layer, bn, state)
+
+
+# -- Whole models.
+
+
+def conv(inputs, outputs, seed, **kwargs) -> Any:
+    return eqx.nn.Conv2d(inputs, outputs, 3, padding=1, key=jax.random.key(seed), **kwargs)
+
+
+def bn(features, **kwargs):
+    return en.BatchNorm(features, **{"axis": 0, "axis_name": "batch", **kwargs})
+
+
+relu = eqx.nn.Lambda(jax.nn.relu)
+
+
+class Skip(eqx.Module):
+    """A Sequential in a module, and a BatchNorm that no Sequential has."""
+
+    inner: eqx.nn.Sequential
+    last: Any
+
+    def __call__(self, x, state, *, key=None):
+        y, state = self.inner(x, state)
+        return x + y, state
+
+    def is_stateful(self):
+        return True
+
+
+class Net(eqx.Module):
+    trunk: eqx.nn.Sequential
+    heads: list[Any]
+    alone: en.BatchNorm
+
+    def __init__(self):
+        deep = eqx.nn.Sequential([conv(4, 4, 1), eqx.nn.Sequential([bn(4), relu])])
+        self.trunk = eqx.nn.Sequential(
+            [
+                conv(2, 4, 0, use_bias=False),
+                eqx.nn.Identity(),
+                bn(4, axis=-3),
+                relu,
+                deep,
+                bn(4),  # After a function.
+                eqx.nn.Dropout(0.5),
+                eqx.nn.Sequential([conv(4, 4, 2)]),
+                bn(4),
+                bn(4),  # And one more.
+                eqx.nn.Lambda(lambda x: jnp.mean(x, (1, 2))),
+            ]
+        )
+        self.heads = [
+            eqx.nn.Sequential([bn(4), eqx.nn.Linear(4, 3, key=KEY), bn(3, axis=-1)])
+        ]
+        self.alone = bn(3)
+
+    def __call__(self, x, state, key=None):
+        x, state = self.trunk(x, state, key=key)
+        (head,) = self.heads
+        x, state = head(x, state)
+        return self.alone(x, state)
+
+
+def run(model, state, x, **kwargs):
+    forward = jax.vmap(
+        lambda x, state: model(x, state, **kwargs),
+        in_axes=(0, None),
+        out_axes=(0, None),
+        axis_name="batch",
+    )
+    return forward(x, clone(state))
+
+
+def trained(make, x) -> tuple[Any, Any]:
+    """A model with random parameters, and the running statistics of a few batches."""
+    model, state = eqx.nn.make_with_state(make)()
+    model = randomize(model)
+    step = eqx.filter_jit(lambda model, state, x: run(model, state, x, key=KEY)[1])
+    for _ in range(30):
+        state = step(model, state, x)
+    return eqx.nn.inference_mode(model), state
+
+
+def close(a, b):
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_whole_model():
+    x = 2 * normal(1, (6, 2, 5, 5)) + 1
+    model, state = trained(Net, x)
+    expected, _ = run(model, state, x)
+    with pytest.warns(UserWarning, match="not every BatchNorm was folded") as record:
+        folded, new_state = en.fold_batch_norms(model, state)
+    (warning,) = record
+    nowhere = "it is in no `equinox.nn.Sequential`, which says what it follows"
+    assert str(warning.message).splitlines()[1:] == [
+        "- eqx_norms.BatchNorm at model.trunk.layers[5]: what comes before it is "
+        "equinox.nn.Lambda.",
+        "- eqx_norms.BatchNorm at model.heads[0].layers[0]: nothing comes before it in its "
+        "`equinox.nn.Sequential`",
+        f"- eqx_norms.BatchNorm at model.alone: {nowhere}",
+    ]
+    y, after = eqx.filter_jit(run)(folded, new_state, x)
+    close(y, expected)
+    # Three of eight are left, in model and state, each where it was.
+    norms = [folded.trunk[5], folded.heads[0][0], folded.alone]
+    assert all(type(norm) is en.BatchNorm for norm in norms)
+    assert len(jax.tree.leaves(new_state)) == 9
+    identities = [folded.trunk[2], folded.trunk[4][1][0], *folded.trunk[8:10]]
+    assert all(
+        type(layer) is eqx.nn.Identity for layer in [*identities, folded.heads[0][2]]
+    )
+    # These are trained as they were.
+    _, after = run(eqx.nn.inference_mode(folded, False), after, x, key=KEY)
+    for norm in norms:
+        np.testing.assert_array_equal(norm.running_stats(after).count, 31)
+    # What was given stays as it was.
+    close(run(model, state, x)[0], expected)
+
+
+def test_a_key_is_split_as_before():
+    """Dropout draws the same: the layers are as many as they were."""
+    x = normal(1, (6, 3))
+
+    def make():
+        linear = eqx.nn.Linear(3, 4, key=KEY)
+        return eqx.nn.Sequential([linear, bn(4), eqx.nn.Dropout(0.5)])
+
+    model, state = trained(make, x)
+    model = eqx.tree_at(lambda model: model[2].inference, model, False)
+    folded, new_state = en.fold_batch_norms(model, state)
+    assert jax.tree.leaves(new_state) == []
+    expected, y = (
+        run(*each, x, key=KEY)[0] for each in ((model, state), (folded, new_state))
+    )
+    assert not np.all(expected)
+    close(y, expected)
+
+
+def test_a_sequential_in_a_module():
+    x = normal(1, (6, 2, 5, 5))
+
+    def make():
+        last = eqx.nn.Sequential([Skip(eqx.nn.Sequential([conv(2, 2, 1), bn(2)]), bn(2))])
+        # What comes before a module is not what its parts follow.
+        return Skip(eqx.nn.Sequential([conv(2, 2, 0), last.layers[0].inner]), last)
+
+    model, state = trained(make, x)
+    with pytest.warns(UserWarning, match=r"at model\.last\.layers\[0\]\.last: it is in no"):
+        folded, new_state = en.fold_batch_norms(model, state)
+    close(run(folded, new_state, x)[0], run(model, state, x)[0])
+    for inner in (folded.inner[1], folded.last[0].inner):
+        assert type(inner[1]) is eqx.nn.Identity
+
+
+class Doubled(eqx.nn.Linear):
+    def __call__(self, x, *, key=None):
+        return 2 * super().__call__(x)
+
+
+class Shifted(en.BatchNorm):
+    def __init__(self):
+        super().__init__(3, axis=0)
+
+    def __call__(self, x, state, **kwargs):
+        y, state = super().__call__(x, state, **kwargs)
+        return y + 1, state
+
+
+class Reversed(eqx.nn.Sequential):
+    def __init__(self, layers):
+        super().__init__(layers)
+
+    def __call__(self, x, state: Any = None, *, key=None) -> Any:
+        for layer in reversed(self.layers):
+            x, state = (
+                layer(x, state) if isinstance(layer, en.BatchNorm) else (layer(x), state)
+            )
+        return x, state
+
+
+def linear(outputs=3, make=eqx.nn.Linear) -> Any:
+    return make(3, outputs, key=KEY)
+
+
+# What must not be folded, and why.
+UNFIT = {
+    "another axis": (
+        lambda: [conv(2, 3, 0), bn(3, axis=-1)],
+        r"features are along `axis=\(-1,\)`, those of the Conv2d before it along axis 0",
+    ),
+    "several axes": (
+        lambda: [conv(2, 3, 0), bn((3, 5), axis=(0, 1))],
+        r"features are along `axis=\(0, 1\)`",
+    ),
+    "other features": (lambda: [linear(4), bn(3)], "one feature for each of the 4 outputs"),
+    "a linear layer of its own": (
+        lambda: [linear(make=Doubled), bn(3)], r"comes before it is .*\.Doubled"
+    ),
+    "a norm of its own": (
+        lambda: [linear(), Shifted()], "a subclass of `BatchNorm` with"
+    ),
+    "a wrapper": (
+        lambda: [en.WeightNorm(linear()), bn(3)],
+        r"is eqx_norms\.WeightNorm\. `bake` that first",
+    ),
+    "inside a wrapper": (
+        lambda: [en.WeightNorm(eqx.nn.Sequential([linear(), bn(3)]))],
+        r"layers\[0\]\.layer\.layers\[1\]: a WeightNorm is around what .* `bake` it first",
+    ),
+    "inside one of Equinox": (
+        lambda: [eqx.nn.WeightNorm(AroundLinear(linear(), bn(3)))],
+        "a WeightNorm is around",
+    ),
+    "complex": (
+        lambda: [linear(), bn(3, param_dtype=jnp.complex64)], "cannot hold the result"
+    ),
+    "tied": (
+        lambda: [
+            eqx.nn.Shared(
+                (eqx.nn.Sequential([linear(), bn(3)]), linear()),
+                lambda pair: pair[1],
+                lambda pair: pair[0][0],
+            )
+        ],
+        r"pytree\[0\]\.layers\[1\]: `equinox.nn.Shared` may tie it",
+    ),
+    "another Sequential": (
+        lambda: [Reversed([linear(), bn(3)])], "it is in no `equinox.nn.Sequential`"
+    ),
+    "stacked": (
+        lambda: eqx.filter_vmap(lambda key: [eqx.nn.Linear(3, 3, key=key), bn(3)])(
+            jax.random.split(KEY, 3)
+        ),
+        "made under `equinox.filter_vmap`",
+    ),
+    "a function between": (lambda: [linear(), relu, bn(3)], r"is equinox\.nn\.Lambda"),
+}  # fmt: skip
+
+
+class AroundLinear(eqx.Module):
+    weight: Any
+    norm: Any
+    inner: eqx.nn.Sequential
+
+    def __init__(self, linear, norm):
+        self.weight = linear.weight
+        self.norm = None
+        self.inner = eqx.nn.Sequential([linear, norm])
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_is_left(name):
+    make, why = UNFIT[name]
+    model, state = eqx.nn.make_with_state(lambda: eqx.nn.Sequential(make()))()
+    with pytest.raises(ValueError, match=rf"(?s)no BatchNorm can be folded.*{why}"):
+        en.fold_batch_norms(model, state)
+    # Beside one that can be it is listed, and stays as it was.
+    both, state = eqx.nn.make_with_state(
+        lambda: [eqx.nn.Sequential([linear(), bn(3)]), eqx.nn.Sequential(make())]
+    )()
+    with pytest.warns(UserWarning, match=why):
+        folded, new_state = en.fold_batch_norms(both, state)
+    assert type(folded[0][1]) is eqx.nn.Identity
+    assert eqx.tree_equal(folded[1], both[1])
+    assert len(jax.tree.leaves(new_state)) == len(jax.tree.leaves(state)) - 3
+
+
+def test_norms_of_equinox_are_listed():
+    norms = [bn(3), eqx.nn.BatchNorm(3, "batch", mode="batch")]
+    model, state = eqx.nn.make_with_state(
+        lambda: [eqx.nn.Sequential([linear(), norm]) for norm in norms]
+    )()
+    with pytest.warns(UserWarning, match=r"equinox.nn.BatchNorm at .*: `replace_norms`"):
+        en.fold_batch_norms(model, state)
+
+
+def test_a_stack_under_vmap():
+    def make(key):
+        return eqx.nn.Sequential([eqx.nn.Linear(3, 4, key=key), bn(4)])
+
+    keys = jax.random.split(KEY, 3)
+    models, states = eqx.filter_vmap(eqx.nn.make_with_state(make))(keys)
+    models = eqx.nn.inference_mode(randomize(models))
+    folded, new_states = eqx.filter_vmap(en.fold_batch_norms)(models, states)
+    x = normal(1, (6, 3))
+    ensemble = eqx.filter_vmap(lambda model, state: run(model, state, x)[0])
+    close(ensemble(folded, new_states), ensemble(models, states))
+
+
+@pytest.mark.parametrize("model", [linear(), eqx.nn.Sequential([linear()]), None])
+def test_nothing_to_fold(model):
+    with pytest.raises(ValueError, match=r"fold_batch_norms: there is no `eqx_norms.Batch"):
+        en.fold_batch_norms(model, eqx.nn.State(None))
+
+
+def test_state_of_another_whole_model():
+    model, _ = eqx.nn.make_with_state(lambda: eqx.nn.Sequential([linear(), bn(3)]))()
+    _, foreign = eqx.nn.make_with_state(lambda: [bn(3)])()
+    with pytest.raises(ValueError, match="holds nothing for this layer"):
+        en.fold_batch_norms(model, foreign)

@@ -1,7 +1,10 @@
 """`import eqx_norms` costs what `import equinox` does."""
 
+import importlib.metadata
 import subprocess
 import sys
+
+import eqx_norms
 
 
 HEAVY = (
@@ -86,3 +89,18 @@ def test_runtime_checks_leave_no_trace():
     )
     assert off == on
     assert off.count("lambda") >= 4
+
+
+def test_version():
+    """That of the metadata; where there are none, the import works all the same."""
+    assert eqx_norms.__version__ == importlib.metadata.version("eqx-norms")
+    program = (
+        "import equinox, importlib.metadata as metadata\n"
+        "def version(name): raise metadata.PackageNotFoundError(name)\n"
+        "metadata.version = version\n"
+        "import eqx_norms; print(eqx_norms.__version__)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, text=True
+    )
+    assert run.stdout.strip() == "unknown"

@@ -39,11 +39,31 @@ def test_batch_norm():
     assert_type(en.unfreeze(en.freeze(layer)), en.BatchNorm)
     linear = eqx.nn.Linear(4, 4, key=jax.random.key(0))
     assert_type(en.fold_batch_norm(linear, layer, state), eqx.nn.Linear)
+    model = eqx.nn.Sequential([linear, layer])
+    assert_type(en.fold_batch_norms(model, state), tuple[eqx.nn.Sequential, State])
 
     def forward(model: en.BatchNorm, state: State, batch: Array) -> tuple[Array, State]:
         return model(batch, state)
 
     assert_type(en.recalibrate(layer, state, [X], forward), State)
+
+
+def test_abstract_norm():
+    """The layers that normalise their input, and not those that normalise weights."""
+    linear = eqx.nn.Linear(4, 4, key=jax.random.key(0))
+    norms = (
+        en.BatchNorm(4),
+        en.LayerNorm(4, dtype="input"),
+        en.RMSNorm(4),
+        en.GroupNorm(4, 2),
+        en.InstanceNorm(4),
+    )
+    for norm in norms:
+        assert isinstance(norm, en.AbstractNorm)
+        assert_type(norm.scale, Array | None)
+    others = (linear, en.WeightNorm(linear), en.SpectralNorm(linear, key=jax.random.key(0)))
+    assert not any(isinstance(other, en.AbstractNorm) for other in others)
+    assert_type(en.__version__, str)
 
 
 def test_fields():

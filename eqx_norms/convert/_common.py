@@ -1,6 +1,6 @@
 """What the converters have in common: kinds of layers, entries, parameters and state."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -15,24 +15,11 @@ from .._dtypes import cast, promote, real_dtype
 from .._layer import AbstractNorm
 from .._rms_norm import RMSNorm
 from .._running import RunningStats
+from .._trees import type_name
 from .._types import Shape
 
 
 T = TypeVar("T", bound=AbstractNorm)
-
-
-def kind(source: Any, package: str, kinds: Iterable[str], call: str) -> str | None:
-    """Which of `kinds`, classes of `package`, an object is. `None` if it is none of them,
-    or a subclass with a method `call` of its own, which may compute something else."""
-    for cls in type(source).__mro__:
-        if cls.__name__ in kinds and cls.__module__.startswith(f"{package}."):
-            same = getattr(type(source), call) is getattr(cls, call)
-            return cls.__name__ if same else None
-    return None
-
-
-def type_name(source: Any) -> str:
-    return f"{type(source).__module__}.{type(source).__qualname__}"
 
 
 def check_entries(

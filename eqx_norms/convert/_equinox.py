@@ -1,37 +1,50 @@
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from equinox.nn import State, StateIndex
+from equinox.nn import Shared, State, StateIndex
+from jax.tree_util import GetAttrKey
 from jaxtyping import Array
 
 from .._batch_norm import BatchNorm
 from .._dtypes import promote
 from .._group_norm import GroupNorm
+from .._layer import AbstractNorm
 from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
 from .._spectral_norm import SpectralNorm, SpectralStats
-from .._state import get_state
-from .._trees import find_nodes
+from .._state import get_state, initial_state, markers, remaining, with_entries
+from .._trees import (
+    KeyPath,
+    Left,
+    base,
+    calls_as,
+    find_nodes,
+    kind,
+    list_left,
+    map_children,
+    map_nodes,
+    type_name,
+)
+from .._types import AxisName
 from .._weight_norm import WeightNorm
+from .._wrapped import AbstractWrapper
 from ._common import (
     as_num_features,
-    kind,
     running_stats,
-    type_name,
     with_init,
     with_parameters,
     with_state,
 )
 
 
-# Gives the value that a layer keeps in the state.
-_Read = Callable[[StateIndex], Any]
-
-
-def from_equinox(layer: Any, state: State | None = None) -> Any:
+def from_equinox(
+    layer: Any, state: State | None = None, *, axis_name: AxisName = None
+) -> Any:
     r"""Carries a norm of `equinox.nn` over, with its weights and its state.
 
     In evaluation the result computes what the layer did, up to rounding, on one example as
@@ -47,8 +60,9 @@ def from_equinox(layer: Any, state: State | None = None) -> Any:
     - `SpectralNorm`, where each call stores the vector $v$ half a step of power iteration
         earlier.
 
-    The result's dtype is what input, scale and bias promote to; in Equinox's `LayerNorm`,
-    `RMSNorm` and `GroupNorm` it is that of the input.
+    The dtype is what it was: that of the input after a `LayerNorm`, `RMSNorm` or
+    `GroupNorm`, which become layers with `dtype="input"`; after a `BatchNorm` what input,
+    scale and bias promote to. (Integers come out as float32, and not truncated.)
 
     !!! example
 
@@ -63,6 +77,8 @@ def from_equinox(layer: Any, state: State | None = None) -> Any:
     - `state`: the `equinox.nn.State` of the model that the layer is in. May be left out
         for a layer that `equinox.nn.make_with_state` has not seen: then its initial state
         is carried over.
+    - `axis_name`: as in [`eqx_norms.BatchNorm`][], and for no other layer. By default the
+        one that the layer has; `()` for none.
 
     **Returns:**
 
@@ -73,6 +89,10 @@ def from_equinox(layer: Any, state: State | None = None) -> Any:
 
     `ValueError` for anything else, for a `GroupNorm` that does not say how many channels
     it has, and for a state that is missing or holds nothing for this layer.
+
+    **Warns:**
+
+    For norms within a wrapped layer, as [`eqx_norms.replace_norms`][].
     """
     if not _is_norm(layer):
         raise ValueError(
@@ -80,10 +100,19 @@ def from_equinox(layer: Any, state: State | None = None) -> Any:
             f"{', '.join(_BUILDERS)} of `equinox.nn`, and their subclasses without a "
             "`__call__` of their own. `replace_norms` takes whole models."
         )
-    return with_state(_convert(layer, _reader(state)))
+    conversion = _Conversion(state, axis_name, {})
+    new = conversion.build(layer, ())
+    conversion.warn("from_equinox")
+    return with_state(new)
 
 
-def replace_norms(model: Any, state: State | None = None) -> Any:
+def replace_norms(
+    model: Any,
+    state: State | None = None,
+    *,
+    rules: Mapping[type, Callable[[Any], Any]] | None = None,
+    axis_name: AxisName = None,
+) -> Any:
     """Carries every norm of `equinox.nn` in a model over, wherever it is in the tree, as
     [`eqx_norms.convert.from_equinox`][] does for one.
 
@@ -104,14 +133,65 @@ def replace_norms(model: Any, state: State | None = None) -> Any:
         ```
 
     Model and state given stay as they were. Layers that share their state go on to share
-    it. Subclasses with a `__call__` of their own are left alone. A weight of a norm that
-    is tied to another one by `equinox.nn.Shared` cannot be carried over; whole layers can.
+    it.
+
+    Norms that are no layers of `equinox.nn` are left as they are, and listed in one
+    warning: subclasses with a `__call__` of their own, and modules whose class has `Norm`
+    in its name. `rules` says what becomes of them:
+
+    !!! example
+
+        ```python
+        class ChannelNorm(eqx.Module):
+            weight: jax.Array
+
+            def __call__(self, x):
+                y = (x - jnp.mean(x, 0)) / jnp.sqrt(jnp.var(x, 0) + 1e-6)
+                return self.weight[:, None] * y
+
+        def renew(layer):
+            new = en.LayerNorm(
+                layer.weight.size, reduction_axes=0, feature_axes=0, use_bias=False
+            )
+            return eqx.tree_at(lambda new: new.scale, new, layer.weight)
+
+        model = [eqx.nn.LayerNorm(4), ChannelNorm(jnp.ones(3))]
+        model = en.replace_norms(model, rules={ChannelNorm: renew})
+        ```
+
+    A layer that cannot be converted is left and listed too: a `GroupNorm` that does not
+    say how many channels it has; one whose weight is tied to another by
+    `equinox.nn.Shared`, or is normalised itself by a wrapper around it. What is not in the
+    tree cannot be found: what a function closes over, or a static field holds.
+
+    Checkpoints of the model as it was load into the new one: scale and bias are where
+    weight and bias were. Not those of a `BatchNorm`, `SpectralNorm` or `WeightNorm`, which
+    keep other arrays; load these into the model as it was, and convert that.
+
+    !!! example
+
+        ```python
+        import io
+
+        make = lambda: [eqx.nn.LayerNorm(4), eqx.nn.Linear(4, 4, key=jax.random.key(0))]
+        file = io.BytesIO()  # or the name of one
+        eqx.tree_serialise_leaves(file, make())
+        file.seek(0)
+        model = eqx.tree_deserialise_leaves(file, en.replace_norms(make()))
+        ```
 
     **Arguments:**
 
     - `model`: any PyTree.
     - `state`: the `equinox.nn.State` that belongs to it. What it holds for other layers is
         kept.
+    - `rules`: from classes to functions. A layer of such a class, or of a subclass without
+        a `__call__` of its own, becomes what the function makes of it: another layer; a
+        pair `(layer, state)`, as `equinox.nn.make_with_state` and `from_equinox` return
+        it; or the layer itself, which then is left and not listed. Classes of `equinox.nn`
+        may be among them.
+    - `axis_name`: of every [`eqx_norms.BatchNorm`][] that comes of one of `equinox.nn`. By
+        default the one that each has; `()` for none.
 
     **Returns:**
 
@@ -119,69 +199,225 @@ def replace_norms(model: Any, state: State | None = None) -> Any:
 
     **Raises:**
 
-    `ValueError` if there is no norm in the model, and as `from_equinox`.
+    `ValueError` if there is nothing to replace in the model, and for a state that is
+    missing or holds nothing for one of these layers.
+
+    **Warns:**
+
+    Once, with path, class and reason, for all norms that were left.
     """
-    norms = [n for n in jax.tree.leaves(model, is_leaf=_is_norm) if _is_norm(n)]
-    if not norms:
+    conversion = _Conversion(state, axis_name, _check_rules(rules))
+    new = conversion(model, ())
+    if not conversion.replaced:
         raise ValueError(
-            "replace_norms: there is no norm in this model: no "
-            f"{', '.join(_BUILDERS)} of `equinox.nn`."
+            "replace_norms: there is no norm to replace in this model. Those of "
+            f"`equinox.nn` are: {', '.join(_BUILDERS)}." + conversion.report()
         )
-    new = _replace(model, _reader(state))
-    if state is None:
+    conversion.warn("replace_norms")
+    return new if state is None else conversion.with_state(new, state)
+
+
+class _MissingState(ValueError):
+    """The fault of the call, not of the layer."""
+
+
+class _Conversion:
+    """What a conversion goes by, and what it has done so far."""
+
+    def __init__(
+        self,
+        state: State | None,
+        axis_name: AxisName,
+        rules: Mapping[type, Callable[[Any], Any]],
+    ):
+        self.state = state
+        self.axis_name = axis_name
+        self.rules = rules
+        self.replaced: list[tuple[KeyPath, Any]] = []
+        self.left: list[Left] = []
+        # How many norms there were so far, whatever became of them.
+        self.met = 0
+        # By marker, what new layers keep in the place of old ones.
+        self.values: dict[Any, Any] = {}
+
+    def __call__(self, node: Any, path: KeyPath) -> Any:
+        """A node with all norms in it replaced."""
+        met, done = self.met, len(self.replaced)
+        rule = self._rule(node)
+        if rule is not None:
+            self.met += 1
+            new = _apply(rule, node, path)
+            if new is not node:
+                self.replaced.append((path, node))
+            return new
+        if _is_norm(node):
+            self.met += 1
+            left = len(self.left)
+            try:
+                new = self.build(node, path)
+            except _MissingState:
+                raise
+            except ValueError as error:
+                # What is in it is tried once more, by itself.
+                del self.replaced[done:], self.left[left:]
+                self.left.append(Left(path, node, str(error)))
+            else:
+                self.replaced.append((path, node))
+                return new
+        new = map_children(self, node, path)
+        if not _is_whole(new):
+            why = (
+                f"{type_name(node)} around it refers to fields by names that would change. "
+                "Convert the layer first, and put that around it then"
+            )
+            self.left += [Left(*each, why) for each in self.replaced[done:]]
+            del self.replaced[done:]
+            new = node
+        why = _resemblance(node, self.met > met)
+        if why is not None:
+            self.met += 1
+            self.left.append(Left(path, node, why))
+        self.met += isinstance(node, (AbstractNorm, AbstractWrapper))
         return new
-    # A new layer's state has the marker of one of the old layer's.
-    old = {index.marker for index in find_nodes(norms, StateIndex).values()}
-    indices = find_nodes(new, StateIndex).values()
-    values = {index.marker: index.init for index in indices if index.marker in old}
-    entries = {
-        marker: values.get(marker, value)
-        for value, marker in zip(*state.tree_flatten(), strict=True)
-        if marker in values or marker not in old
-    }
-    state = State.tree_unflatten(tuple(entries), tuple(entries.values()))
-    return eqx.nn.delete_init_state(new), state
+
+    def build(self, layer: Any, path: KeyPath) -> Any:
+        name = kind(layer, "equinox.nn", _BUILDERS, "__call__")
+        assert name is not None
+        return _BUILDERS[name](layer, path, self)
+
+    def read(self, index: StateIndex) -> Any:
+        try:
+            if self.state is not None:
+                return get_state(self.state, index, layer="equinox.nn")
+            return initial_state(index)
+        except ValueError as error:
+            if self.state is not None:
+                raise _MissingState(str(error)) from None
+            raise _MissingState(
+                "A norm of `equinox.nn` has a state, and `equinox.nn.make_with_state` took "
+                "it out of the layer. Give it too: `from_equinox(layer, state)`, "
+                "`replace_norms(model, state)`."
+            ) from None
+
+    def keep_state(self, new: Any, index: StateIndex, value: Any) -> Any:
+        """Gives a new layer its state under the marker of an old one, so that layers that
+        shared the old state share the new one."""
+        self.values[index.marker] = value
+        new = eqx.tree_at(lambda layer: layer.state_index, new, index)
+        return with_init(new, value)
+
+    def with_state(self, new: Any, state: State) -> tuple[Any, State]:
+        """A model without initial states, and a state without those of old layers."""
+        old = [layer for _, layer in self.replaced]
+        entries = remaining(state, old, new)
+        for marker in markers(old) & entries.keys() & self.values.keys():
+            entries[marker] = self.values[marker]
+        for path, index in find_nodes(new, StateIndex).items():
+            if index.marker not in entries:
+                try:
+                    entries[index.marker] = initial_state(index)
+                except ValueError:
+                    raise ValueError(
+                        f"replace_norms: there is no state for model{path}. A rule must "
+                        "return a layer with its state, `(layer, state)`."
+                    ) from None
+        return eqx.nn.delete_init_state(new), with_entries(entries)
+
+    def report(self) -> str:
+        if not self.left:
+            return ""
+        return (
+            " Left as they are:"
+            + list_left(self.left)
+            + "\n`replace_norms(..., rules={Class: function})` takes each layer of a class "
+            "to what the function makes of it."
+        )
+
+    def warn(self, source: str) -> None:
+        if self.left:
+            warnings.warn(
+                f"{source}: not every norm was replaced." + self.report(), stacklevel=3
+            )
+
+    def _rule(self, node: Any) -> Callable[[Any], Any] | None:
+        for cls in type(node).__mro__:
+            if cls in self.rules and calls_as(node, cls):
+                return self.rules[cls]
+        return None
+
+
+def _check_rules(rules: Any) -> Mapping[type, Callable[[Any], Any]]:
+    rules = {} if rules is None else rules
+    if not isinstance(rules, Mapping) or not all(
+        isinstance(cls, type) and callable(function) for cls, function in rules.items()
+    ):
+        raise ValueError(
+            "replace_norms: `rules` must map classes to functions of a layer, "
+            f"`{{MyNorm: lambda layer: ...}}`, got {rules!r}."
+        )
+    return rules
+
+
+def _apply(rule: Callable[[Any], Any], layer: Any, path: KeyPath) -> Any:
+    """What a rule makes of a layer, with its state, if it has one, in it."""
+    try:
+        new = rule(layer)
+    except Exception as error:
+        where = list_left([Left(path, layer, "the rule for it raised this.")])
+        error.add_note(f"replace_norms:{where}")
+        raise
+    if new is None:
+        where = list_left([Left(path, layer, "the rule for it returned `None`.")])
+        raise ValueError(
+            f"replace_norms: a rule must return a layer, or the one it was given:{where}"
+        )
+    match new:
+        case (made, State() as own):
+            # Markers of their own: `make_with_state` gives each layer made alike the same.
+            indices: dict[Any, StateIndex] = {}
+            return map_nodes(
+                lambda index: indices.setdefault(index.marker, StateIndex(own.get(index))),
+                made,
+                StateIndex,
+            )
+    return new
 
 
 def _is_norm(node: Any) -> bool:
     return kind(node, "equinox.nn", _BUILDERS, "__call__") is not None
 
 
-def _convert(layer: Any, read: _Read) -> Any:
-    name = kind(layer, "equinox.nn", _BUILDERS, "__call__")
-    assert name is not None
-    return _BUILDERS[name](layer, read)
+def _resemblance(node: Any, around: bool) -> str | None:
+    """Why something looks like a norm that no builder is for, if it does; `around` norms,
+    its name may be because of these."""
+    if not isinstance(node, eqx.Module) or not callable(node) or _is_norm(node):
+        return None
+    if isinstance(node, (AbstractNorm, AbstractWrapper)):
+        return None
+    cls = base(node, "equinox.nn", _BUILDERS)
+    if cls is not None:
+        return f"a subclass of `equinox.nn.{cls.__name__}` with a `__call__` of its own"
+    if not around and _NAME.search(type(node).__name__):
+        return "a class that is not of `equinox.nn`"
+    return None
 
 
-def _replace(model: Any, read: _Read) -> Any:
-    return jax.tree.map(
-        lambda node: _convert(node, read) if _is_norm(node) else node,
-        model,
-        is_leaf=_is_norm,
-    )
+# No normal distribution, and no normalizing flow.
+_NAME = re.compile("([Nn]orm|NORM)(?!al(?!i[sz](e|ation)))")
 
 
-def _reader(state: State | None) -> _Read:
-    def read(index: StateIndex) -> Any:
-        if state is not None:
-            return get_state(state, index, layer="equinox.nn")
-        try:
-            return State(index).get(index)
-        except ValueError:
-            raise ValueError(
-                "A norm of `equinox.nn` has a state, and `equinox.nn.make_with_state` took "
-                "it out of the layer. Give it too: `from_equinox(layer, state)`, "
-                "`replace_norms(model, state)`."
-            ) from None
-
-    return read
-
-
-def _keep_state(new: Any, index: StateIndex, value: Any) -> Any:
-    """Gives a new layer its state under the marker of an old one, so that layers that
-    shared the old state share the new one."""
-    new = eqx.tree_at(lambda layer: layer.state_index, new, index)
-    return with_init(new, value)
+def _is_whole(node: Any) -> bool:
+    """Whether what goes by the names of fields within it still finds them."""
+    try:
+        if isinstance(node, Shared):
+            eqx.filter_eval_shape(node)
+        elif isinstance(node, AbstractWrapper):
+            node._weights()
+        elif isinstance(node, (eqx.nn.WeightNorm, eqx.nn.SpectralNorm)):
+            getattr(node.layer, node.weight_name)
+    except Exception:  # A function of the user's is among what is called.
+        return False
+    return True
 
 
 def _parameters(layer: Any) -> tuple[Array | None, Array | None]:
@@ -195,19 +431,20 @@ def _parameters(layer: Any) -> tuple[Array | None, Array | None]:
     return layer.weight, layer.bias
 
 
-def _layer_norm(layer: Any, read: _Read) -> LayerNorm | RMSNorm:
+def _layer_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> LayerNorm | RMSNorm:
     make = RMSNorm if isinstance(layer, eqx.nn.RMSNorm) else LayerNorm
     axes = tuple(range(-len(layer.shape), 0))
     new = make(
         as_num_features(layer.shape),
         epsilon=layer.eps,
+        dtype="input",
         reduction_axes=axes,
         feature_axes=axes,
     )
     return with_parameters(new, *_parameters(layer))
 
 
-def _group_norm(layer: Any, read: _Read) -> GroupNorm:
+def _group_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> GroupNorm:
     if layer.channels is None:
         raise ValueError(
             "A GroupNorm of `equinox.nn` with `channels=None` does not say how many "
@@ -215,36 +452,42 @@ def _group_norm(layer: Any, read: _Read) -> GroupNorm:
             "`channels`."
         )
     new = GroupNorm(
-        layer.channels, layer.groups, epsilon=layer.eps, feature_axis=0, batch_axes=()
+        layer.channels,
+        layer.groups,
+        epsilon=layer.eps,
+        dtype="input",
+        feature_axis=0,
+        batch_axes=(),
     )
     return with_parameters(new, *_parameters(layer))
 
 
-def _batch_norm(layer: Any, read: _Read) -> BatchNorm:
+def _batch_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> BatchNorm:
+    axis_name = conversion.axis_name
     new = BatchNorm(
         layer.input_size,
         use_running_average=layer.inference,
         axis=0,
         momentum=layer.momentum,
         epsilon=layer.eps,
-        axis_name=layer.axis_name,
+        axis_name=layer.axis_name if axis_name is None else axis_name,
         debias=True,
     )
     if layer.mode == "ema":
         index = layer.ema_state_index
-        mean, var = read(index)
+        mean, var = conversion.read(index)
         # How many it was is not known, only whether there was one. After very many, a
         # debiased step is a plain one.
-        count = jnp.where(read(layer.ema_first_time_index), 0, 2**30)
+        count = jnp.where(conversion.read(layer.ema_first_time_index), 0, 2**30)
     else:
         index = layer.batch_state_index
-        mean, var = read(index)
-        count = read(layer.batch_counter)
+        mean, var = conversion.read(index)
+        count = conversion.read(layer.batch_counter)
         with jax.numpy_dtype_promotion("standard"):
             seen = jnp.where(count == 0, 1, 1 - layer.momentum**count)[..., None]
             mean, var = mean / seen, var / seen
     new = with_parameters(new, *_parameters(layer))
-    return _keep_state(new, index, running_stats(mean, var, count))
+    return conversion.keep_state(new, index, running_stats(mean, var, count))
 
 
 def _weight_of(layer: Any, size: int, axis: int | None) -> Array:
@@ -259,10 +502,22 @@ def _weight_of(layer: Any, size: int, axis: int | None) -> Array:
     return weight
 
 
-def _weight_norm(layer: Any, read: _Read) -> WeightNorm:
+def _inner(layer: Any, path: KeyPath, conversion: _Conversion) -> Any:
+    """The layer that a wrapper wraps, with all norms in it replaced."""
+    new = conversion(layer.layer, (*path, GetAttrKey("layer")))
+    if not hasattr(new, layer.weight_name):
+        raise ValueError(
+            f"{type_name(layer)}: the weight that it normalises is that of a "
+            f"{type_name(layer.layer)}, which has none of that name once it is converted. "
+            "Convert that one alone, and wrap it anew."
+        )
+    return new
+
+
+def _weight_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> WeightNorm:
     _weight_of(layer, layer.g.size, layer.axis)
     new = WeightNorm(
-        _replace(layer.layer, read),
+        _inner(layer, path, conversion),
         feature_axes=layer.axis,
         epsilon=0.0,
         where=lambda wrapped: getattr(wrapped, layer.weight_name),
@@ -271,31 +526,33 @@ def _weight_norm(layer: Any, read: _Read) -> WeightNorm:
     return eqx.tree_at(lambda layer: layer.scales, new, (layer.g.reshape(shape),))
 
 
-def _spectral_norm(layer: Any, read: _Read) -> SpectralNorm:
-    u, v = read(layer.uv_index)
+def _spectral_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> SpectralNorm:
+    u, v = conversion.read(layer.uv_index)
     weight = _weight_of(layer, u.size, 0)
     if jnp.iscomplexobj(weight):
         raise ValueError(
             f"{type_name(layer)}: of a complex weight it does not find the largest "
             "singular value, as `eqx_norms.SpectralNorm` does: there is no counterpart."
         )
+    dtype = promote(weight.dtype, u.dtype)
     new = SpectralNorm(
-        _replace(layer.layer, read),
+        _inner(layer, path, conversion),
         n_steps=layer.num_power_iterations,
         epsilon=layer.eps,
+        dtype=None if dtype == weight.dtype else dtype,
         update_stats=not layer.inference,
         where=lambda wrapped: getattr(wrapped, layer.weight_name),
         key=jax.random.key(0),  # Of vectors that the stored ones replace.
     )
-    dtype = promote(weight.dtype, jnp.float32)
-    u, v = u.astype(dtype), v.astype(dtype)
+    wide = promote(weight.dtype, jnp.float32)
+    u, v = u.astype(wide), v.astype(wide)
     u = u.reshape(-1, *(1 for _ in weight.shape[1:]))
     v = v.reshape(1, *weight.shape[1:])
-    sigma = jnp.sum(u * weight.astype(dtype) * v)
-    return _keep_state(new, layer.uv_index, (SpectralStats(u, v, sigma),))
+    sigma = jnp.sum(u * weight.astype(wide) * v)
+    return conversion.keep_state(new, layer.uv_index, (SpectralStats(u, v, sigma),))
 
 
-_BUILDERS: dict[str, Callable[[Any, _Read], Any]] = {
+_BUILDERS: dict[str, Callable[[Any, KeyPath, _Conversion], Any]] = {
     "BatchNorm": _batch_norm,
     "GroupNorm": _group_norm,
     "LayerNorm": _layer_norm,

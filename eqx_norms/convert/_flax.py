@@ -13,14 +13,14 @@ from .._group_norm import GroupNorm
 from .._instance_norm import InstanceNorm
 from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
+from .._trees import kind, type_name
+from .._types import AxisName
 from ._common import (
     as_num_features,
     axes_order,
     check_entries,
     contents,
-    kind,
     running_stats,
-    type_name,
     with_init,
     with_parameters,
     with_state,
@@ -50,6 +50,7 @@ def from_flax(
     variables: Mapping[str, Any] | None = None,
     *,
     num_features: int | tuple[int, ...] | None = None,
+    axis_name: AxisName = None,
 ) -> Any:
     """Carries a norm of Flax over, with its settings, its parameters and its statistics.
 
@@ -79,6 +80,8 @@ def from_flax(
     - `num_features`: how many features there are, along several feature axes in the order
         of the input's axes. Needed only where the layer does not tell: a `flax.linen`
         module without scale and bias, or an nnx layer with several feature axes.
+    - `axis_name`: as in [`eqx_norms.BatchNorm`][], and for no other layer. By default the
+        one that the layer has; `()` for none.
 
     **Returns:**
 
@@ -121,6 +124,8 @@ def from_flax(
         options[axes_name] = axes
     if name == "BatchNorm":
         options["use_running_average"] = bool(layer.use_running_average)
+        if axis_name is not None:
+            options["axis_name"] = axis_name
     if name == "GroupNorm" and layer.num_groups is None:
         options["group_size"] = layer.group_size
     new = make(as_num_features(shape), **options)

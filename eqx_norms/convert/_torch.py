@@ -12,6 +12,7 @@ from .._instance_norm import InstanceNorm
 from .._layer import AbstractNorm
 from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
+from .._trees import kind, type_name
 from .._types import AxisName
 from ._common import (
     as_num_features,
@@ -21,9 +22,7 @@ from ._common import (
     contents,
     feature_axes,
     feature_shape,
-    kind,
     running_stats,
-    type_name,
     with_init,
     with_parameters,
     with_state,
@@ -90,7 +89,8 @@ def from_torch(
         `LayerNorm` and `RMSNorm` are the last ones either way.) For a `state_dict`, `like`
         says it.
     - `axis_name`: as in [`eqx_norms.BatchNorm`][], and for no other layer; `"batch"` if
-        not `batched`. For `SyncBatchNorm`, the name of the axis of devices.
+        not `batched`. For `SyncBatchNorm`, the name of the axis of devices. For a
+        `state_dict`, `like` says it.
 
     **Returns:**
 
@@ -106,6 +106,11 @@ def from_torch(
             raise ValueError(
                 "from_torch: a state dict says nothing of the layer's settings. Give a "
                 "layer of eqx_norms that has them: `from_torch(state_dict, like=layer)`."
+            )
+        if axis_name is not None:
+            raise ValueError(
+                "from_torch: `axis_name` is for a module. For a state dict make `like` "
+                "with it."
             )
         return _fill(like, source)
     if like is not None:

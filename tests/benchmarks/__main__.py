@@ -10,7 +10,6 @@ in the tables is said in `speed.py`, `memory.py`, `size.py` and `devices.py`.
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -28,6 +27,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 
 from tests.benchmarks import memory, size, speed
+from tests.benchmarks.rivals import versions
 from tests.benchmarks.tables import show, show_records, track
 
 
@@ -95,12 +95,6 @@ def processor() -> str:
 
 
 def describe(arguments: argparse.Namespace, threads: int, allocator: str) -> dict[str, Any]:
-    def version(package):
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
     device = jax.devices()[0]
     return {
         "command": " ".join(["python -m tests.benchmarks", *arguments.argv]),
@@ -110,8 +104,7 @@ def describe(arguments: argparse.Namespace, threads: int, allocator: str) -> dic
         "torch_device": speed.torch_device(),
         "threads": threads,
         "memory": allocator,
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in PACKAGES},
+        "versions": versions(PACKAGES),
     }
 
 

@@ -1,25 +1,54 @@
 """What the layers' programs read and write on a GPU and a TPU: compiled, not run.
 
-    python -m tests.benchmarks.compiled [--platform gpu,tpu] [--layers LayerNorm,BatchNorm]
-                                        [--dtype float32,bfloat16] [--markdown]
+    python -m tests.benchmarks.compiled [--platform gpu,tpu] [--parts layers,blocks,devices]
+                                        [--layers LayerNorm,BatchNorm]
+                                        [--dtype float32,bfloat16]
+                                        [--json FILE] [--markdown]
 
-XLA compiles ahead of time for an NVIDIA H200 and a TPU v5e, which need not be there.
+XLA compiles for an NVIDIA H200 and a TPU v5e as they are described to it: neither need be
+there. How bytes and kernels are counted is said in `hlo.py`. A platform whose compiler is
+not installed is left out. While one works on a layer, a few seconds are enough:
+
+    python -m tests.benchmarks.compiled --platform gpu --parts layers --layers LayerNorm
+
+layers: inference is the forward pass alone, in BatchNorm too with the batch's statistics.
+Training is two programs: the forward pass, which also writes what is kept for the backward
+pass, and the backward pass, which reads it. A TPU's compiler estimates the time of each:
+the sum over the kernels of what takes longer, arithmetic or reading and writing.
+
+blocks: a step of training of residual blocks, `x + relu(norm(x) @ w_in) @ w_out`, with the
+update of all parameters, in the last dtype that is asked for. Unrolled blocks stand one
+after another in the program, scanned ones are a loop. The estimate above does not know how
+often a loop runs; given are the cycles that the compiler notes beside each kernel.
+
+devices: the collectives in BatchNorm's programs over eight devices, the batch split among
+them: under `jax.jit` alone, which puts them in by itself, and under `jax.shard_map`.
 """
 
 import argparse
+import datetime
 import functools
+import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 
-# Before JAX is imported. No accelerator is used, and none asked for.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+if __name__ == "__main__":
+    # JAX, once imported, is not to look for an accelerator; and as none is used, several
+    # programs may compile for one at the same time.
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
 
-import equinox as eqx
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -27,121 +56,120 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Compiled
 
 from tests.benchmarks import hlo, speed
-from tests.benchmarks.rivals import Functional, available, ours
+from tests.benchmarks.rivals import Functional, available, ours, versions
 from tests.benchmarks.tables import show, track
 
 
-# As large as what a TPU's memory on the chip (128 MiB) does not hold.
+PLATFORMS = {"gpu": "NVIDIA H200", "tpu": "TPU v5e"}
+H200 = pathlib.Path(__file__).with_name("h200.txtpb")
+# A GPU that is not there cannot be asked which of several kernels is the fastest.
+OPTIONS = {"gpu": {"xla_gpu_autotune_level": 0}, "tpu": {}}
+PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "libtpu", "equinox", "flax")
+
+# Arrays are larger than a TPU's memory on the chip, 128 MiB.
 SHAPES = {"NC": (131072, 1024), "NCHW": (128, 256, 64, 64), "NHWC": (128, 64, 64, 256)}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-DEVICES = {"gpu": "NVIDIA H200", "tpu": "TPU v5e"}
-H200 = pathlib.Path(__file__).with_name("h200.txtpb")
+WHOLE = P()
+BLOCKS, TOKENS, WIDTH, HIDDEN = 3, 65536, 1024, 4096
+DEVICES = 8
 
 
 @functools.cache
 def mesh(platform: str, number: int = 1) -> Mesh:
-    """Of described devices, along an axis `devices`."""
+    """Of described devices, along the axis `devices`."""
     if platform == "tpu":
-        described = topologies.get_topology_desc(
-            topology_name="v5e:2x4" if number > 4 else "v5e:2x2", platform="tpu"
-        )
+        name = "v5e:2x2" if number == 1 else "v5e:2x4"
+        found = topologies.get_topology_desc(topology_name=name, platform="tpu")
     else:
-        described = topologies.get_topology_desc(
+        found = topologies.get_topology_desc(
             topology_name="h200",
             platform="cuda",
             target_config=H200.read_text(),
             topology=f"1x1x{number}",
         )
-    return Mesh(np.array(described.devices[:number]), ("devices",))
+    return Mesh(np.array(found.devices[:number]), ("devices",))
 
 
-class Program(NamedTuple):
-    cost: hlo.Cost
-    # By the compiler's estimate, on a TPU.
-    seconds: float | None
-    # Bytes of temporary memory.
-    temporary: int
-
-
-def compile(platform: str, f: Any, *args: Any) -> Program:
-    """Of arrays that are described and lie on one device."""
-    on = NamedSharding(mesh(platform), P())
-    args = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on), args
+def place(tree: Any, mesh: Mesh, spec: P = WHOLE) -> Any:
+    """Descriptions of such arrays on these devices."""
+    on = NamedSharding(mesh, spec)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on), tree
     )
-    # A GPU that is not there cannot be asked which of several kernels is the fastest.
-    options = {"xla_gpu_autotune_level": 0} if platform == "gpu" else {}
-    compiled = jax.jit(f).lower(*args).compile(options)
-    text, memory = compiled.as_text(), compiled.memory_analysis()
+
+
+def count_bytes(array: Any) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize
+
+
+def build(platform: str, f: Callable[..., Any], *args: Any) -> tuple[Compiled, hlo.Cost]:
+    """For the devices on which the arguments are."""
+    program = jax.jit(f).lower(*args).compile(OPTIONS[platform])
+    text = program.as_text()
     assert text is not None
-    assert memory is not None
-    estimates = compiled.cost_analysis() or {}
-    return Program(
-        hlo.count(text), estimates.get("optimal_seconds"), memory.temp_size_in_bytes
-    )
+    return program, hlo.count(text)
 
 
-def cells(layers: Sequence[str], dtypes: Sequence[str]) -> Iterator[speed.Cell]:
-    for case in (case for case in speed.CASES if case.name in layers):
-        for layout in speed.layouts(case):
-            for dtype in dtypes:
-                yield speed.Cell(case, SHAPES[layout], layout, DTYPES[dtype])
+def describe(cost: hlo.Cost, unit: int) -> dict[str, Any]:
+    return {
+        "units": cost.nbytes / unit,
+        "kernels": cost.kernels,
+        "conditionals": cost.conditionals,
+    }
 
 
 class Passes(NamedTuple):
-    """Functions, each with the arrays that it takes."""
+    """Functions, each with the arguments that it takes, and the bytes that are kept for the
+    backward pass, without the parameters."""
 
     inference: tuple[Any, ...]
     forward: tuple[Any, ...]
     backward: tuple[Any, ...]
-    # Bytes besides the parameters.
     kept: int
 
 
-def passes(layer: Functional, x: jax.ShapeDtypeStruct) -> Passes:
-    arrays, static = eqx.partition(layer.state, eqx.is_array)
-
-    def inference(params, arrays, x):
-        y, new = layer.apply(params, eqx.combine(arrays, static), x)
-        return y, eqx.filter(new, eqx.is_array)
-
-    def training(params, arrays, x):
+def passes(layer: Functional, x: Any) -> Passes:
+    def training(params, state, x):
         return jax.vjp(
-            lambda params, x: inference(params, arrays, x), params, x, has_aux=True
+            lambda x, params: layer.apply(params, state, x), x, params, has_aux=True
         )
 
-    args = (layer.params, arrays, x)
-    closed, (y, residuals, _) = jax.make_jaxpr(training, return_shape=True)(*args)
-    run = jax.extend.core.jaxpr_as_fun(closed)
-    results = closed.jaxpr.outvars
-    inputs = dict(zip(map(id, closed.jaxpr.invars), jax.tree.leaves(args), strict=True))
-    # What is an input already is not written.
-    written = [at for at, result in enumerate(results) if id(result) not in inputs]
-    leaves, structure = jax.tree.flatten(residuals)
-    start = len(jax.tree.leaves(y))
-    kept = {id(result): result.aval for result in results[start : start + len(leaves)]}
-    order = [id(result) for result in results[start : start + len(leaves)]]
+    args = (layer.params, layer.state, x)
+    jaxpr, shapes = jax.make_jaxpr(training, return_shape=True)(*args)
+    y, vjp, _ = shapes
+    leaves, structure = jax.tree.flatten(vjp)
+    # A variable's name is the number of its first place: the order of arguments, on which
+    # the compiled program depends a little, is then the same in each run.
+    invars, outvars = jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars
+    places = [id(variable) for variable in (*invars, *outvars)]
+    inputs = range(len(invars))
+    results = [places.index(id(variable)) for variable in outvars]
+    # The output comes first, then what is kept.
+    kept = results[1 : 1 + len(leaves)]
 
-    def forward(*leaves):
-        results = run(*leaves)
-        return [results[at] for at in written]
+    def without_inputs(values):
+        """An argument that is kept is not written once more."""
+        values = zip(results, values, strict=True)
+        return {name: value for name, value in values if name not in inputs}
 
-    def backward(kept, dy):
-        return jax.tree.unflatten(structure, [kept[key] for key in order])(dy)
+    def forward(*args):
+        evaluate = jax.extend.core.jaxpr_as_fun(jaxpr)
+        return without_inputs(evaluate(*jax.tree.leaves(args)))
 
-    of_params = set(map(id, closed.jaxpr.invars[:-1]))
+    def backward(args, made, dy):
+        known = dict(zip(inputs, jax.tree.leaves(args), strict=True)) | made
+        return jax.tree.unflatten(structure, [known[name] for name in kept])(dy)
+
+    sizes = dict(zip(kept, map(count_bytes, leaves), strict=True))
     return Passes(
-        (inference, *args),
-        (forward, *inputs.values()),
-        (backward, kept, y),
-        sum(hlo_bytes(leaf) for key, leaf in kept.items() if key not in of_params),
+        (layer.apply, *args),
+        (forward, *args),
+        (backward, args, without_inputs(jax.tree.leaves(shapes)), y),
+        sum(nbytes for name, nbytes in sizes.items() if name not in inputs[:-1]),
     )
-
-
-def hlo_bytes(array: Any) -> int:
-    return math.prod(array.shape) * array.dtype.itemsize
 
 
 def libraries(cell: speed.Cell) -> dict[str, Functional]:
@@ -150,68 +178,299 @@ def libraries(cell: speed.Cell) -> dict[str, Functional]:
     return dict([first, ("vmap", ours(*args, per_example=True)), *others])
 
 
-def records(
+def layer_records(
     platform: str, layers: Sequence[str], dtypes: Sequence[str]
-) -> list[dict[str, Any]]:
-    made = []
-    for cell in track(list(cells(layers, dtypes)), platform):
+) -> Iterator[dict[str, Any]]:
+    cells = [
+        speed.Cell(case, SHAPES[layout], layout, DTYPES[dtype])
+        for case in speed.CASES
+        if case.name in layers
+        for layout in speed.layouts(case)
+        for dtype in dtypes
+    ]
+    for cell in track(cells, f"{platform}: layers"):
         x = jax.ShapeDtypeStruct(cell.shape, cell.dtype)
+        unit = count_bytes(x)
         for library, layer in libraries(cell).items():
             found = passes(layer, x)
             record = {
+                "platform": platform,
                 "layer": cell.case.name,
                 "shape": list(cell.shape),
                 "layout": cell.layout,
                 "dtype": jnp.dtype(cell.dtype).name,
                 "library": library,
-                "kept": found.kept / hlo_bytes(x),
+                "kept": found.kept / unit,
             }
             for name in ("inference", "forward", "backward"):
-                program = compile(platform, *getattr(found, name))
-                record[name] = {
-                    "units": program.cost.nbytes / hlo_bytes(x),
-                    "kernels": program.cost.kernels,
-                    "conditionals": program.cost.conditionals,
-                    "microseconds": program.seconds and program.seconds * 1e6,
+                f, *args = getattr(found, name)
+                program, cost = build(platform, f, *place(args, mesh(platform)))
+                seconds = (program.cost_analysis() or {}).get("optimal_seconds")
+                record[name] = describe(cost, unit)
+                # A call of which the compiler knows no cost counts as minus one second.
+                record[name]["microseconds"] = seconds and seconds % 1 * 1e6
+            yield record
+
+
+def step_of_blocks(
+    layer: Functional, dtype: Any, *, scanned: bool
+) -> tuple[Callable[..., Any], Any, jax.ShapeDtypeStruct]:
+    """A step of training, with the parameters and the input that it takes."""
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def block(x, leaves):
+        params, w_in, w_out = leaves
+        y, _ = layer.apply(params, layer.state, x)
+        return x + jax.nn.relu(y @ w_in) @ w_out, None
+
+    def loss(leaves, x):
+        if scanned:
+            x, _ = jax.lax.scan(block, x, leaves)
+        else:
+            for each in leaves:
+                x, _ = block(x, each)
+        return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+    def step(leaves, x):
+        value, gradients = jax.value_and_grad(loss)(leaves, x)
+        return value, jax.tree.map(lambda leaf, d: leaf - 0.1 * d, leaves, gradients)
+
+    leaves = (layer.params, array(WIDTH, HIDDEN), array(HIDDEN, WIDTH))
+    if scanned:
+        leaves = jax.tree.map(lambda leaf: array(BLOCKS, *leaf.shape), leaves)
+    else:
+        leaves = [leaves] * BLOCKS
+    return step, leaves, array(TOKENS, WIDTH)
+
+
+def block_records(
+    platform: str, layers: Sequence[str], dtype: str
+) -> Iterator[dict[str, Any]]:
+    cases = [case for case in speed.CASES if case.on_vectors and not case.stateful]
+    programs = [
+        (case, library, layer, way)
+        for case in cases
+        if case.name in layers
+        for library, layer in available(case, WIDTH, DTYPES[dtype]).items()
+        for way in ("unrolled", "scanned")
+    ]
+    for case, library, layer, way in track(programs, f"{platform}: blocks"):
+        step, leaves, x = step_of_blocks(layer, DTYPES[dtype], scanned=way == "scanned")
+        program, cost = build(platform, step, *place((leaves, x), mesh(platform)))
+        memory = program.memory_analysis()
+        assert memory is not None
+        yield {
+            "platform": platform,
+            "layer": case.name,
+            "dtype": dtype,
+            "blocks": way,
+            "library": library,
+            **describe(cost, count_bytes(x)),
+            "temporary": memory.temp_size_in_bytes / count_bytes(x),
+            "cycles": cost.cycles or None,
+        }
+
+
+def device_records(platform: str, layers: Sequence[str]) -> Iterator[dict[str, Any]]:
+    on, split = mesh(platform, DEVICES), P("devices")
+    x = place(jax.ShapeDtypeStruct(SHAPES["NC"], jnp.float32), on, split)
+
+    def sent(f, *args):
+        try:
+            _, cost = build(platform, f, *args)
+        except (TypeError, ValueError) as error:
+            return str(error)
+        return {"collectives": cost.collectives, "conditionals": cost.conditionals}
+
+    programs = [
+        (case, way)
+        for case in speed.CASES
+        if case.stateful and case.name in layers
+        for way in ("jit", "shard_map")
+    ]
+    for case, way in track(programs, f"{platform}: devices"):
+        if way == "shard_map":
+            case = replace(
+                case,
+                kwargs={"axis_name": "devices"},
+                per_example={"axis_name": ("devices", "batch")},
+            )
+        cell = speed.Cell(case, x.shape, "NC", x.dtype)
+        for library, layer in libraries(cell).items():
+            if way == "shard_map":
+                specs: dict[str, Any] = {
+                    "in_specs": (WHOLE, WHOLE, split),
+                    "out_specs": (split, WHOLE),
                 }
-            made.append(record)
-    return made
+                layer = layer._replace(apply=jax.shard_map(layer.apply, mesh=on, **specs))
+            args = (*place((layer.params, layer.state), on), x)
+            yield {
+                "platform": platform,
+                "layer": case.name,
+                "way": way,
+                "library": library,
+                "forward": sent(layer.apply, *args),
+                "both": sent(layer.both, *args, x),
+            }
 
 
-def table(records: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    def units(given):
-        text = f"{given['units']:.2f} ({given['kernels']})"
-        return text + " if" * given["conditionals"]
+Table = tuple[list[str], list[list[str]]]
 
+
+def text_of(given: dict[str, Any]) -> str:
+    return f"{given['units']:.2f} ({given['kernels']})" + " if" * given["conditionals"]
+
+
+def without_empty(columns: list[str], rows: list[list[str]]) -> Table:
+    """Without the columns in which nothing stands."""
+    kept = [at for at in range(len(columns)) if any(row[at] for row in rows)]
+    return [columns[at] for at in kept], [[row[at] for at in kept] for row in rows]
+
+
+def table_of_layers(records: list[dict[str, Any]]) -> Table:
     names = ("inference", "forward", "backward")
-    columns = ["layer", "shape", "dtype", "library", *names, "both", "kept"]
-    timed = records[0]["inference"]["microseconds"] is not None
-    columns += ["us", "us", "us"] * timed
+    columns = ["layer", "shape", "dtype", "library", *names, "training", "kept"]
+    columns += [f"{name}, us" for name in names]
     rows = []
     for each in records:
+        given = [each[name] for name in names]
         row = [each["layer"], speed.label(each), each["dtype"], each["library"]]
-        row += [units(each[name]) for name in names]
+        row += map(text_of, given)
         row.append(f"{each['forward']['units'] + each['backward']['units']:.2f}")
         row.append(f"{each['kept']:.2f}")
-        if timed:
-            row += [f"{each[name]['microseconds']:.0f}" for name in names]
-        rows.append(row)
+        times = [one["microseconds"] for one in given]
+        rows.append(row + ["" if time is None else f"{time:.0f}" for time in times])
+    return without_empty(columns, rows)
+
+
+def table_of_blocks(records: list[dict[str, Any]]) -> Table:
+    names = ["layer", "dtype", "blocks", "library"]
+    columns = [*names, "read and written", "temporary memory", "million cycles"]
+    rows = []
+    for each in records:
+        row = [each[name] for name in names]
+        row += [text_of(each), f"{each['temporary']:.2f}"]
+        rows.append([*row, f"{each['cycles'] / 1e6:.1f}" if each["cycles"] else ""])
+    return without_empty(columns, rows)
+
+
+def table_of_devices(records: list[dict[str, Any]]) -> Table:
+    def collectives(given):
+        if isinstance(given, str):
+            return "raises"
+        texts = [
+            f"{number} {kind} ({nbytes / 1024:.1f} KiB)"
+            for kind, (number, nbytes) in sorted(given["collectives"].items())
+        ]
+        texts += [f"{given['conditionals']} conditional"] * bool(given["conditionals"])
+        return ", ".join(texts) or "none"
+
+    columns = ["layer", "way", "library", "forward", "forward and backward"]
+    rows = [
+        [each["layer"], each["way"], each["library"]]
+        + [collectives(each[name]) for name in ("forward", "both")]
+        for each in records
+    ]
     return columns, rows
 
 
-def main() -> None:
+# By part: the title, the table, and how many of its columns are text.
+TABLES = {
+    "layers": ("bytes read and written", table_of_layers, 4),
+    "blocks": (f"a step of training of {BLOCKS} blocks", table_of_blocks, 4),
+    "devices": (f"what {DEVICES} devices send", table_of_devices, 5),
+}
+LEGEND = """
+Bytes read and written, kept, and of temporary memory are in units of the input's. Beside
+them the number of kernels, and "if" where there is a conditional. training: forward and
+backward. vmap: eqx_norms, one example inside `jax.vmap`. us: the compiler's estimate. KiB:
+what each device hands over.
+"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.benchmarks.compiled",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = [case.name for case in speed.CASES]
-    parser.add_argument("--platform", default="gpu,tpu")
-    parser.add_argument("--layers", default=",".join(names))
-    parser.add_argument("--dtype", default=",".join(DTYPES))
-    parser.add_argument("--markdown", action="store_true")
-    arguments = parser.parse_args()
-    for platform in arguments.platform.split(","):
-        made = records(platform, arguments.layers.split(","), arguments.dtype.split(","))
-        show(DEVICES[platform], *table(made), text=4, markdown=arguments.markdown)
+
+    def add(option, known):
+        def some(text):
+            unknown = sorted(set(text.split(",")) - set(known))
+            if unknown:
+                raise argparse.ArgumentTypeError(f"{unknown} are none of {known}")
+            return text.split(",")
+
+        parser.add_argument(option, type=some, default=known, help=", ".join(known))
+
+    add("--platform", list(PLATFORMS))
+    add("--parts", list(TABLES))
+    add("--layers", [case.name for case in speed.CASES])
+    add("--dtype", list(DTYPES))
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--markdown", action="store_true", help="tables for a README")
+    return parser.parse_args(argv)
+
+
+def why_not(platform: str) -> str | None:
+    """The reason why there is no compiling for it."""
+    try:
+        build(platform, jnp.tanh, place(jnp.ones(8), mesh(platform)))
+    except Exception as error:  # Each platform has errors of its own.
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    start = time.perf_counter()
+    results: dict[str, Any] = {part: [] for part in arguments.parts}
+    for platform in arguments.platform:
+        if reason := why_not(platform):
+            print(f"{PLATFORMS[platform]} is left out: {reason}")
+            continue
+        makers = {
+            "layers": partial(layer_records, dtypes=arguments.dtype),
+            "blocks": partial(block_records, dtype=arguments.dtype[-1]),
+            "devices": device_records,
+        }
+        for part in arguments.parts:
+            results[part] += makers[part](platform, arguments.layers)
+    return {
+        "run": {
+            "command": " ".join(["python -m tests.benchmarks.compiled", *arguments.argv]),
+            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - start),
+            "versions": versions(PACKAGES),
+        },
+        **results,
+    }
+
+
+def report(results: dict[str, Any], *, markdown: bool) -> None:
+    for platform, device in PLATFORMS.items():
+        for part, (title, table, text) in TABLES.items():
+            records = [r for r in results.get(part, []) if r["platform"] == platform]
+            if records:
+                title = f"{device}: {title}"
+                show(title, *table(records), text=text, markdown=markdown)
+                print()
+    run = results["run"]
+    print(LEGEND)
+    print(f"{run['command']}\n{run['date']}, {run['seconds']} s")
+    print(", ".join(f"{name} {v}" for name, v in run["versions"].items() if v))
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = parse(argv)
+    arguments.argv = sys.argv[1:] if argv is None else argv
+    results = run(arguments)
+    report(results, markdown=arguments.markdown)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
 
 if __name__ == "__main__":

@@ -84,25 +84,13 @@ def count_all_reduces(
     def put(spec):
         return lambda leaf: jax.device_put(leaf, NamedSharding(MESH, spec))
 
-    state, static = eqx.partition(layer.state, eqx.is_array)
     x = put(spec)(jnp.ones(shape))
     features = P(*spec[len(shape) - 1 :])
     params, state = jax.tree.map(
-        lambda leaf: put(features if leaf.ndim else P())(leaf), (layer.params, state)
+        lambda leaf: put(features if leaf.ndim else P())(leaf), (layer.params, layer.state)
     )
-
-    def forward(x, params, state):
-        y, new = layer.apply(params, eqx.combine(state, static), x)
-        return y, eqx.filter(new, eqx.is_array)
-
-    def both(x, params, state):
-        y, backward, new = jax.vjp(
-            lambda x, params: forward(x, params, state), x, params, has_aux=True
-        )
-        return y, new, backward(jnp.sin(y))
-
-    args = (x, params, state)
-    return count_in_hlo(forward, *args), count_in_hlo(both, *args)
+    args = (params, state, x)
+    return count_in_hlo(layer.apply, *args), count_in_hlo(layer.both, *args, x)
 
 
 def count_all(names: list[str]) -> list[dict[str, Any]]:

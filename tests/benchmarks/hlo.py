@@ -3,7 +3,8 @@
 Each instruction of the compiled program that computes something is one kernel. It reads its
 operands from the device's memory once, and writes its result there once. Exceptions:
 
-- What is only taken apart, put together or named anew (tuples, bitcasts) costs nothing.
+- What is only taken apart, put together, named anew or set aside (tuples, bitcasts, the
+  allocation of a buffer) costs nothing.
 - Of an operand that it only slices, a kernel reads the slices. Of one that it updates in
   place, it reads nothing and writes the update.
 - What lies in a TPU's memory on the chip costs nothing: `S(1)` in the text. So a copy from
@@ -38,6 +39,7 @@ FREE = {
 }
 SLICES = {"slice", "dynamic-slice"}
 UPDATE = "dynamic-update-slice"
+FREE_CALL = re.compile('custom_call_target="(?:AllocateBuffer|ConcatBitcast)"')
 COLLECTIVES = {
     "all-gather",
     "all-reduce",
@@ -59,8 +61,16 @@ class Instruction(NamedTuple):
     is_root: bool
 
     @property
+    def result(self) -> str:
+        """The shape of what it makes. What an instruction only starts comes after its
+        operands; but a copy comes first, and an all-reduce alone."""
+        if not self.opcode.endswith("-start") or self.opcode == "all-reduce-start":
+            return self.shape
+        return split(self.shape)[0 if self.opcode == "copy-start" else 1]
+
+    @property
     def nbytes(self) -> int:
-        return count_bytes(self.shape)
+        return count_bytes(self.result)
 
     def called(self, *names: str) -> list[str]:
         """The computations that these attributes name."""
@@ -76,6 +86,8 @@ Computations = dict[str, Computation]
 class Cost:
     nbytes: int = 0
     kernels: int = 0
+    # As estimated by a TPU's compiler, kernel by kernel.
+    cycles: int = 0
     conditionals: int = 0
     # By kind: how many there are, and how many bytes each device hands over to them.
     collectives: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -84,17 +96,18 @@ class Cost:
         """What need not run adds its conditionals and collectives alone."""
         self.nbytes += other.nbytes * times * runs
         self.kernels += other.kernels * times * runs
+        self.cycles += other.cycles * times * runs
         self.conditionals += other.conditionals
         for kind, (number, nbytes) in other.collectives.items():
             had, sent = self.collectives.get(kind, (0, 0))
             self.collectives[kind] = (had + times * number, sent + times * nbytes)
 
 
-def count_bytes(shape: str) -> int:
-    """Of all arrays in it that lie in the device's main memory."""
+def count_bytes(shape: str, *, on_chip: bool = False) -> int:
+    """Of all arrays in it that lie in the device's main memory, or of all."""
     bits = 0
     for kind, width, dims, layout in ARRAY.findall(shape):
-        if "S(" not in layout:
+        if on_chip or "S(" not in layout:
             size = 8 if kind == "pred" else int(width or 0)
             bits += size * math.prod(int(dim) for dim in dims.split(",") if dim)
     return math.ceil(bits / 8)
@@ -145,13 +158,15 @@ def _cost(computations: Computations, name: str) -> Cost:
         opcode = each.opcode
         if opcode in FREE or opcode.endswith(("-done", "-update")):
             continue
+        if opcode == "custom-call" and FREE_CALL.search(each.attributes):
+            continue
         if opcode in ("call", "async-start"):
             for called in each.called("to_apply", "calls"):
                 total.add(_cost(computations, called))
         elif opcode == "while":
-            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', each.attributes)
+            times = _times(computations, each)
             for called in each.called("body", "condition"):
-                total.add(_cost(computations, called), times=int(known[1]) if known else 1)
+                total.add(_cost(computations, called), times=times)
         elif opcode == "conditional":
             names = ("branch_computations", "true_computation", "false_computation")
             branches = [_cost(computations, called) for called in each.called(*names)]
@@ -162,6 +177,21 @@ def _cost(computations: Computations, name: str) -> Cost:
         else:
             total.add(_kernel(computations, computation, each))
     return total
+
+
+def _times(computations: Computations, loop: Instruction) -> int:
+    """How often it runs: as noted, or else the number that its condition compares with."""
+    noted = re.findall(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    (condition,) = loop.called("condition")
+    compared = [
+        each.operands[0]
+        for each in computations[condition].values()
+        if each.opcode == "constant"
+    ]
+    times = noted or compared
+    if len(times) != 1 or not times[0].isdigit():
+        raise ValueError(f"the text does not say how often {loop.name} runs")
+    return int(times[0])
 
 
 def _kernel(
@@ -177,9 +207,12 @@ def _kernel(
             taken = _taken(computations, each, position, sizes[name])
             read[name] = min(sizes[name], read[name] + taken)
     cost = Cost(_written(computations, computation, each) + sum(read.values()), kernels=1)
+    if cycles := re.search(r'"estimated_cycles":"(\d+)"', each.attributes):
+        cost.cycles = int(cycles[1])
     kind = each.opcode.removesuffix("-start")
     if kind in COLLECTIVES:
-        cost.collectives[kind] = (1, sum(sizes.values()))
+        shapes = [computation[name].shape for name in sizes]
+        cost.collectives[kind] = (1, sum(count_bytes(s, on_chip=True) for s in shapes))
     return cost
 
 
@@ -187,8 +220,8 @@ def _taken(
     computations: Computations, each: Instruction, position: int, nbytes: int
 ) -> int:
     """What it reads of its operand at that position, which has so many bytes."""
-    if position == 0 and each.opcode in SLICES:
-        return min(nbytes, each.nbytes)
+    if position == 0 and each.opcode.removesuffix("-start") in SLICES:
+        return min(nbytes, count_bytes(each.result, on_chip=True))
     if position == 0 and each.opcode == UPDATE:
         return 0
     if each.opcode != "fusion":
@@ -210,8 +243,6 @@ def _taken(
 def _uses(inside: Computation, name: str) -> Iterator[tuple[Instruction, int]]:
     """What takes it as an operand, and as which, by this or another name."""
     for user in inside.values():
-        if user.opcode == "parameter":
-            continue
         for position, operand in enumerate(user.operands):
             if operand == name and user.opcode == "bitcast" and not user.is_root:
                 yield from _uses(inside, user.name)
@@ -233,22 +264,16 @@ def _results(inside: Computation) -> list[Instruction]:
 def _written(
     computations: Computations, computation: Computation, each: Instruction
 ) -> int:
-    shapes = split(each.shape)
     if each.opcode == UPDATE:
         return computation[each.operands[1]].nbytes
-    if each.opcode == "fusion":
-        (called,) = each.called("calls")
-        inside = computations[called]
-        total = 0
-        for shape, one in zip(shapes, _results(inside), strict=True):
-            nbytes = count_bytes(shape)
-            if one.opcode == UPDATE:
-                nbytes = min(nbytes, inside[one.operands[1]].nbytes)
-            total += nbytes
-        return total
-    if each.opcode == "copy-start":
-        return count_bytes(shapes[0])
-    if each.opcode.endswith("-start") and each.opcode != "all-reduce-start":
-        # Operands, results, and what the device notes down.
-        return count_bytes(shapes[1])
-    return each.nbytes
+    if each.opcode != "fusion":
+        return each.nbytes
+    (called,) = each.called("calls")
+    inside = computations[called]
+    total = 0
+    for shape, result in zip(split(each.shape), _results(inside), strict=True):
+        nbytes = count_bytes(shape)
+        if result.opcode == UPDATE:
+            nbytes = min(nbytes, inside[result.operands[1]].nbytes)
+        total += nbytes
+    return total

@@ -9,7 +9,6 @@ compiled gradient of twelve blocks `x + gelu(norm(x) @ w)`.
 from collections.abc import Sequence
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -41,15 +40,14 @@ def temporary(
     """Weights are differentiated as well, so that the normalised input is wanted."""
     w = jnp.zeros((blocks, WIDTH, WIDTH), dtype)
     x = jnp.zeros(shape, dtype)
-    state, static = eqx.partition(layer.state, eqx.is_array)
     params, state = jax.tree.map(
-        lambda leaf: jnp.stack([leaf] * blocks), (layer.params, state)
+        lambda leaf: jnp.stack([leaf] * blocks), (layer.params, layer.state)
     )
 
     def block(x, leaves):
         w, params, state = leaves
-        y, new = layer.apply(params, eqx.combine(state, static), x)
-        return (x + jax.nn.gelu(y @ w)).astype(dtype), eqx.filter(new, eqx.is_array)
+        y, new = layer.apply(params, state, x)
+        return (x + jax.nn.gelu(y @ w)).astype(dtype), new
 
     def loss(w, params, x, state):
         if scanned:

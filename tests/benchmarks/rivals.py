@@ -5,7 +5,9 @@ stand inside a `vmap`, as they would in a model. A library that lacks the layer,
 layer in this layout, is left out.
 """
 
-from collections.abc import Callable
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -20,11 +22,28 @@ LAYOUTS = ("NC", "NHWC", "NCHW")
 
 
 class Functional(NamedTuple):
-    """`apply(params, state, x)` gives the output and the new state."""
+    """`apply(params, state, x)` gives the output and the new state, which are arrays."""
 
     apply: Callable[[Any, Any, Any], tuple[Any, Any]]
     params: Any
     state: Any
+
+    def both(self, params: Any, state: Any, x: Any, dy: Any) -> tuple[Any, ...]:
+        """The output, the gradients of input and parameters, and the new state."""
+        y, backward, new = jax.vjp(
+            lambda x, params: self.apply(params, state, x), x, params, has_aux=True
+        )
+        return y, *backward(dy), new
+
+
+def _functional(apply: Callable[..., Any], params: Any, state: Any) -> Functional:
+    arrays, static = eqx.partition(state, eqx.is_array)
+
+    def apply_to_arrays(params, arrays, x):
+        y, new = apply(params, eqx.combine(arrays, static), x)
+        return y, eqx.filter(new, eqx.is_array)
+
+    return Functional(apply_to_arrays, params, arrays)
 
 
 def _batched(layer: Any, *, stateful: bool) -> Any:
@@ -47,7 +66,7 @@ def ours(
             layer = _batched(layer, stateful=case.stateful)
         return layer(x, clone(state)) if case.stateful else (layer(x), state)
 
-    return Functional(apply, params, state)
+    return _functional(apply, params, state)
 
 
 def _flax(case: Norm, num_features: int, dtype: Any, layout: str) -> Functional | None:
@@ -69,14 +88,14 @@ def _flax(case: Norm, num_features: int, dtype: Any, layout: str) -> Functional 
             y = layer(x)
         return y, nnx.split(layer, nnx.Param, ...)[2]
 
-    return Functional(apply, params, state)
+    return _functional(apply, params, state)
 
 
 def _equinox(case: Norm, num_features: int, dtype: Any, layout: str) -> Functional | None:
     n = num_features
 
     def batch_norm():
-        return eqx.nn.BatchNorm(n, axis_name="batch", mode="batch", dtype=dtype)
+        return eqx.nn.BatchNorm(n, **case.per_example, mode="batch", dtype=dtype)
 
     makes = {
         "NC": {
@@ -106,7 +125,7 @@ def _equinox(case: Norm, num_features: int, dtype: Any, layout: str) -> Function
         with jax.numpy_dtype_promotion("standard"):
             return layer(x, state) if case.stateful else (layer(x), state)
 
-    return Functional(apply, params, state)
+    return _functional(apply, params, state)
 
 
 LIBRARIES: dict[str, Callable[[Norm, int, Any, str], Functional | None]] = {
@@ -123,6 +142,20 @@ def available(
         name: make(case, num_features, dtype, layout) for name, make in LIBRARIES.items()
     }
     return {name: layer for name, layer in made.items() if layer is not None}
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Python's and theirs; `None` for those that are not installed."""
+
+    def version(package):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {"python": platform.python_version()} | {
+        package: version(package) for package in packages
+    }
 
 
 def pytorch(

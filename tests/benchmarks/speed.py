@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,25 +104,19 @@ def _jax_runner(f: Callable[..., Any], *args: Any) -> Runner:
 
 def _jax_runners(layer: Functional, x: jax.Array, dy: jax.Array) -> dict[str, Runner]:
     # Lists are quicker to hand over than modules.
-    params, params_def = jax.tree.flatten(layer.params)
-    arrays, static = eqx.partition(layer.state, eqx.is_array)
-    arrays, arrays_def = jax.tree.flatten(arrays)
+    leaves, structure = jax.tree.flatten((layer.params, layer.state))
 
-    def forward(params, arrays, x):
-        params = jax.tree.unflatten(params_def, params)
-        state = eqx.combine(jax.tree.unflatten(arrays_def, arrays), static)
-        y, new = layer.apply(params, state, x)
-        return y, jax.tree.leaves(eqx.filter(new, eqx.is_array))
+    def forward(leaves, x):
+        params, state = jax.tree.unflatten(structure, leaves)
+        return jax.tree.leaves(layer.apply(params, state, x))
 
-    def both(params, arrays, x, dy):
-        y, backward, new = jax.vjp(
-            lambda x, params: forward(params, arrays, x), x, params, has_aux=True
-        )
-        return y, *backward(dy), new
+    def both(leaves, x, dy):
+        params, state = jax.tree.unflatten(structure, leaves)
+        return jax.tree.leaves(layer.both(params, state, x, dy))
 
     return {
-        "forward": _jax_runner(forward, params, arrays, x),
-        "both": _jax_runner(both, params, arrays, x, dy),
+        "forward": _jax_runner(forward, leaves, x),
+        "both": _jax_runner(both, leaves, x, dy),
     }
 
 
