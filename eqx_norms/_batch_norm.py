@@ -44,6 +44,15 @@ class BatchNorm(AbstractNorm, StatefulLayer):
     feature's running statistics, and its count, stay as they were. In evaluation the
     running statistics stand in for the expectations.
 
+    They start from mean 0 and variance 1, which with a momentum of 0.99 are felt for some
+    hundreds of steps: a model that is evaluated earlier seems not to learn. With
+    `debias=True` they are not felt at all: after $n$ batches,
+
+    $$r = \frac{\sum_{i=1}^n \text{momentum}^{n - i} * \text{batch}_i}
+    {\sum_{i=1}^n \text{momentum}^{n - i}},$$
+
+    feature by feature, over the batches that had something for it.
+
     Take a batched array, or one example inside a `jax.vmap` that binds `axis_name`: the two
     are the same. Make a whole model and its state with one `equinox.nn.make_with_state`:
     layers that are made apart do not know their states apart.
@@ -109,7 +118,9 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             toggles.
         - `axis`: the feature axis or axes; the statistics are over all others.
         - `momentum`: the weight of the old running statistics, from 0 to 1; `None` for the
-            average over all batches so far.
+            average over all batches so far. Each call in training is a step of its own:
+            where the gradients of `k` calls are accumulated to one step of the optimizer,
+            `momentum ** (1 / k)` makes `k` calls forget as much as one did.
         - `epsilon`: added to the variance. Not negative. With zero, a feature that has no
             variance but the rounding of its mean comes out as zero, plus bias.
         - `param_dtype`: of scale and bias. The running statistics are at least float32.
@@ -125,6 +136,9 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         - `use_unbiased_variance`: whether the running variance is of the sample, divided
             by one less than the positions counted, as in PyTorch. The batch itself is
             normalised with the biased one either way.
+        - `debias`: whether the running statistics are those of the batches alone, from the
+            first one on. Otherwise they are those of Flax, step by step. It changes nothing
+            for `momentum=None`; for `momentum=1` it is the same as `None`.
         - `dtype`, `use_bias`, `use_scale`, `bias_init`, `scale_init`, `use_fast_variance`,
             `scale_offset`, `key`: as in [`eqx_norms.LayerNorm`][].
 

@@ -116,7 +116,9 @@ def update(how: Step, old: Stats, rows: Moments) -> Stats:
     # On an Explicit mesh the features may be sharded and the state not: it stays as it is.
     mean, var, count = (shard_like(a, old.count) for a in (mean, var, count))
     good = jnp.isfinite(mean) & jnp.isfinite(var) & (count > 0)
-    keep = _weight_of_old(how, old, count)
+    # The batch's share is small after many batches: 1 - keep would lose its digits.
+    of_old, of_new = _weights(how, old, count)
+    keep, share = of_old / (of_old + of_new), of_new / (of_old + of_new)
     if pooled:
         # Before anything is counted, the old ones are not these data's.
         fresh = good & (old.count == 0)
@@ -129,25 +131,28 @@ def update(how: Step, old: Stats, rows: Moments) -> Stats:
     added = jnp.where(good, count if pooled else 1, 0).astype(old.count.dtype)
 
     def blend(old, new):
-        a, b = (jnp.asarray(weight, old.dtype) for weight in (keep, 1 - keep))
-        return jnp.where(good, a * old + b * new, old)
+        a, b = (jnp.asarray(weight, old.dtype) for weight in (keep, share))
+        # A difference that is rounded, not a sum: a million equal batches change nothing.
+        new = jnp.where(share < 0.5, old + (b * new - b * old), a * old + b * new)
+        return jnp.where(good, new, old)
 
     stats = (blend(old.mean, mean), blend(old.var, var), old.count + added)
     return lax.stop_gradient(type(old)(*stats))
 
 
-def _weight_of_old(how: Step, old: RunningStats | PooledStats, count: Array) -> Any:
+def _weights(how: Step, old: Stats, count: Array) -> tuple[Any, Any]:
+    """Of the old statistics and of the new ones, up to a common factor."""
     seen = old.count.astype(count.dtype)
     if isinstance(old, PooledStats):
-        return seen / jnp.maximum(seen + count, 1)
+        return seen, jnp.maximum(count, 1)
     # The average over all batches is the limit for a momentum of one.
     if how.momentum is None or (how.debias and how.momentum == 1):
-        return seen / (seen + 1)
+        return seen, 1
     if not how.debias or how.momentum == 0:
-        return how.momentum
-    # m (1 - m^n) / (1 - m^(n + 1)) after n batches. Powers near one would lose precision.
-    log = math.log(how.momentum)
-    return how.momentum * (jnp.expm1(seen * log) / jnp.expm1((seen + 1) * log))
+        return how.momentum, 1 - how.momentum
+    # m + m^2 + ... + m^n after n batches. Powers near one would lose precision.
+    sums = -jnp.expm1(seen * math.log(how.momentum))
+    return how.momentum / (1 - how.momentum) * sums, 1
 
 
 def _over_groups(

@@ -4,9 +4,13 @@ The network is written for one image, as is usual in Equinox, and `jax.vmap` mak
 for a batch. The `axis_name` given to `jax.vmap` is what `BatchNorm` averages over. With
 `--devices N` each batch is split over N devices and `BatchNorm` averages over them too, so
 that the curves are those of one device.
+
+`batch` has running statistics that can be used from the first epoch on, `batch-default` the
+default ones, as in Flax. Both train alike; only evaluation differs.
 """
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -30,7 +34,14 @@ from tqdm import tqdm
 import eqx_norms as en
 
 
-NORMS = ("none", "batch", "layer", "rms")
+# Each with how it is drawn: a colour is a norm, a dashed line its default.
+NORMS = {
+    "none": "C7-",
+    "batch": "C0-",
+    "batch-default": "C0--",
+    "layer": "C1-",
+    "rms": "C2-",
+}
 CHANNELS = (1, 16, 16, 32, 32, 32)
 TRAIN_SIZE = 1440  # of 1797; the others are for the test
 BATCH_SIZE = 120
@@ -48,7 +59,11 @@ class NoNorm(eqx.Module):
 def make_norm(norm: str, channels: int, axis_name: tuple[str, ...]) -> Any:
     """A layer for one image of shape `(channels, height, width)`."""
     if norm == "batch":
-        return en.BatchNorm(channels, axis=0, momentum=0.9, axis_name=axis_name)
+        return en.BatchNorm(
+            channels, axis=0, momentum=0.9, debias=True, axis_name=axis_name
+        )
+    if norm == "batch-default":
+        return en.BatchNorm(channels, axis=0, axis_name=axis_name)
     if norm == "layer":
         return en.LayerNorm(channels, reduction_axes=0, feature_axes=0)
     if norm == "rms":
@@ -71,7 +86,7 @@ class Network(eqx.Module):
                 kernel_size=3,
                 stride=2 if 1 < before < after else 1,
                 padding=1,
-                use_bias=norm != "batch",  # BatchNorm would subtract it again
+                use_bias=not norm.startswith("batch"),  # BatchNorm would subtract it again
                 key=conv_key,
             )
             self.convs.append(conv)
@@ -179,7 +194,7 @@ def train(
     batches = TRAIN_SIZE // BATCH_SIZE
     loss = np.zeros((epochs, batches))
     accuracy = np.zeros(epochs)
-    with tqdm(total=epochs * batches, desc=f"{norm:>5}", unit="step") as bar:
+    with tqdm(total=epochs * batches, desc=f"{norm:>13}", unit="step") as bar:
         for epoch in range(epochs):
             for i, chosen in enumerate(shuffle(TRAIN_SIZE).reshape(batches, -1)):
                 batch = Data(data.images[chosen], data.labels[chosen])
@@ -203,30 +218,45 @@ def train(
 
 
 def print_table(histories: dict[str, History]) -> None:
-    columns = ("norm", "test accuracy", "first-epoch loss", "last-epoch loss", "seconds")
-    print("  ".join(columns))
-    for norm, history in histories.items():
-        values = (
-            norm.ljust(len(columns[0])),
-            f"{history.accuracy[-1]:.1%}",
-            f"{history.loss[0].mean():.5f}",
-            f"{history.loss[-1].mean():.5f}",
-            f"{history.seconds:.1f}",
+    row = "{:13}  {:>20}  {:>19}  {:>16}  {:>15}  {:>7}".format
+    print(
+        row(
+            "norm",
+            "first-epoch accuracy",
+            "last-epoch accuracy",
+            "first-epoch loss",
+            "last-epoch loss",
+            "seconds",
         )
-        print("  ".join(v.rjust(len(c)) for v, c in zip(values, columns, strict=True)))
+    )
+    for norm, history in histories.items():
+        print(
+            row(
+                norm,
+                f"{history.accuracy[0]:.1%}",
+                f"{history.accuracy[-1]:.1%}",
+                f"{history.loss[0].mean():.5f}",
+                f"{history.loss[-1].mean():.5f}",
+                f"{history.seconds:.1f}",
+            )
+        )
 
 
 def plot(histories: dict[str, History], output: Path) -> None:
-    has_running = "batch" in histories
-    figure = Figure(figsize=(10, 8 if has_running else 4), layout="constrained")
-    grid = figure.add_gridspec(2 if has_running else 1, 2)
+    running = {norm: h.running for norm, h in histories.items() if h.running}
+    figure = Figure(figsize=(10, 8 if running else 4), layout="constrained")
+    grid = figure.add_gridspec(2 if running else 1, 2)
 
     loss, accuracy = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     for norm, history in histories.items():
         epochs = np.arange(1, len(history.loss) + 1)
-        loss.plot(epochs, history.loss.mean(axis=1), "o-", markersize=4, label=norm)
-        accuracy.plot(epochs, 100 * history.accuracy, "o-", markersize=4, label=norm)
-    loss.set(title="Training loss", ylabel="mean cross-entropy", yscale="log")
+        style = f"o{NORMS[norm]}"
+        loss.plot(epochs, history.loss.mean(axis=1), style, markersize=4, label=norm)
+        accuracy.plot(epochs, 100 * history.accuracy, style, markersize=4, label=norm)
+    same = (
+        ": batch-default is batch" if {"batch", "batch-default"} <= set(histories) else ""
+    )
+    loss.set(title=f"Training loss{same}", ylabel="mean cross-entropy", yscale="log")
     accuracy.set(title="Test accuracy", ylabel="per cent correct", ylim=(0, 102))
     for axes in (loss, accuracy):
         axes.set_xlabel("epoch")
@@ -234,27 +264,39 @@ def plot(histories: dict[str, History], output: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(title="norm")
 
-    if has_running:
+    if running:
+        norm, layers = next(iter(running.items()))
         axes = figure.add_subplot(grid[1, :])
         axes.axhline(0, color="black", linewidth=0.5)
         ticks, first = [], 0
-        for stats in histories["batch"].running:
+        for stats in layers:
             mean, deviation = np.asarray(stats.mean), np.sqrt(stats.var)
             order = mean.argsort()
             x = first + np.arange(len(mean))
             axes.errorbar(
-                x, mean[order], deviation[order], fmt="o", markersize=3, elinewidth=1
+                x,
+                mean[order],
+                deviation[order],
+                fmt=f"{NORMS[norm][:2]}o",
+                markersize=3,
+                elinewidth=1,
             )
             ticks.append(x.mean())
             first = x[-1] + 4
         axes.set_xticks(ticks, [f"layer {i}" for i, _ in enumerate(ticks, start=1)])
         axes.tick_params(axis="x", length=0)
         axes.set(
-            title="What BatchNorm has learned: running mean and deviation",
+            title=f"What BatchNorm has learned ({norm}): running mean and deviation",
             xlabel="channels, by mean",
             ylabel="mean ± one standard deviation",
         )
     figure.savefig(output, dpi=100)
+
+
+def unused(path: Path) -> Path:
+    """The path, numbered if need be: an older picture is not overwritten."""
+    numbered = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -288,7 +330,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--seed", type=whole_number(0), default=0, help="of weights and batches"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("train_digits.png"), help="the picture"
+        "--output",
+        type=Path,
+        default=Path("train_digits.png"),
+        help="the picture; one of this name is kept, and the new one numbered",
     )
     options = parser.parse_args(argv)
     if BATCH_SIZE % options.devices:
@@ -309,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.devices > 1:
         # Before the first use of JAX: the processor counts as so many devices.
         jax.config.update("jax_num_cpu_devices", options.devices)
-    norms = NORMS if options.norm == "all" else (options.norm,)
+    norms = list(NORMS) if options.norm == "all" else [options.norm]
     histories = {}
     try:
         data, test = load_data()
@@ -323,8 +368,9 @@ def main(argv: list[str] | None = None) -> int:
                 seed=options.seed,
             )
         print_table(histories)
-        plot(histories, options.output)
-        print(f"The curves are in {options.output}.")
+        output = unused(options.output)
+        plot(histories, output)
+        print(f"The curves are in {output}.")
     except KeyboardInterrupt:
         print(
             f"Interrupted: {len(histories)} of {len(norms)} networks were trained, no "

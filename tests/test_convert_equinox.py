@@ -163,27 +163,50 @@ def test_initial_state(name):
 
 @pytest.mark.parametrize(
     ("mode", "steps", "count"),
-    [("batch", 0, 0), ("batch", 4, 4), ("ema", 0, 0), ("ema", 4, 1)],
+    [("batch", 0, 0), ("batch", 4, 4), ("ema", 0, 0), ("ema", 4, 2**30)],
 )
 def test_batch_norm_count(mode, steps, count):
-    """An "ema" layer only knows whether there was a batch."""
+    """An "ema" layer only knows whether there was a batch: so many that steps are plain."""
     old, state = trained(lambda: BN(4, "batch", mode=mode), normal(7, (8, 4)), steps)
     new, new_state = convert.from_equinox(old, state)
     np.testing.assert_array_equal(new.running_stats(new_state).count, [count] * 4)
 
 
-def test_batch_norm_training():
-    """Output and running statistics of a step, from the debiased ones on."""
+@pytest.mark.parametrize("momentum", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("mode", ["batch", "ema"])
+def test_batch_norm_goes_on(mode, steps, momentum):
+    """Trained on in both libraries, what evaluation gives stays the same."""
+    make = lambda: BN(4, "batch", momentum=momentum, mode=mode)  # noqa: E731
     x = 3 + 2 * normal(7, (8, 4, 5))
-    old, state = trained(lambda: BN(4, "batch", momentum=0.9, mode="batch"), x)
+    old, state = trained(make, x, steps)
     new, new_state = convert.from_equinox(old, state)
-    batch = 1 + normal(8, x.shape)
-    close(call(new, new_state, batch)[0], call(old, state, batch)[0], 1e-5)
-    start = new.running_stats(new_state)
-    after = new.running_stats(call(new, new_state, batch)[1])
-    expected = 0.9 * start.mean + 0.1 * jnp.mean(batch, (0, 2))
-    close(after.mean, expected)
-    close(after.var, 0.9 * start.var + 0.1 * jnp.var(batch, (0, 2)), 1e-5)
+    for i in range(5):
+        batch = 1 + (i + 1) * normal(8 + i, x.shape)
+        y, state = call(old, state, batch)
+        new_y, new_state = call(new, new_state, batch)
+        if mode == "batch":
+            close(new_y, y, 1e-5)
+        close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["batch", "ema"])
+def test_batch_norm_that_was_never_trained(mode):
+    """The average over the batches alone, also where it is made under `jit`."""
+    x = 3 + 2 * normal(7, (8, 4, 5))
+    make = lambda: convert.replace_norms(BN(4, "batch", momentum=0.9, mode=mode))  # noqa: E731
+    layer, state = eqx.filter_jit(eqx.nn.make_with_state(make))()
+    assert layer.debias
+    means, variances = [], []
+    for i in range(3):
+        batch = x * (i + 1)
+        _, state = call(layer, state, batch)
+        means.append(np.asarray(batch, np.float64).mean((0, 2)))
+        variances.append(np.asarray(batch, np.float64).var((0, 2)))
+        weights = [0.81, 0.9, 1.0][2 - i :]
+        stats = layer.running_stats(state)
+        close(stats.mean, np.average(means, 0, weights).astype(np.float32))
+        close(stats.var, np.average(variances, 0, weights).astype(np.float32))
 
 
 def test_spectral_norm_training():

@@ -51,11 +51,13 @@ def test_four_devices_give_the_loss_of_one(script, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     _, row, last = run.stdout.splitlines()
     assert str(picture) in last
-    norm, _, first_epoch_loss, *_ = row.split()
+    norm, accuracy, _, first_epoch_loss, *_ = row.split()
     assert norm == "batch"
 
     with jax.numpy_dtype_promotion("standard"):  # Optax is not strict
         one = script.train("batch", *script.load_data(), devices=1, epochs=1, seed=0)
+    # Running statistics of use from the first epoch on.
+    assert float(accuracy.rstrip("%")) > 50
     assert float(first_epoch_loss) == pytest.approx(one.loss[0].mean(), abs=1e-3)
     assert one.loss[0, -1] < one.loss[0, 0] - 0.5
     for stats in one.running:
@@ -72,6 +74,13 @@ def test_plot(script, tmp_path, running):
         histories = {"none": history, "rms": history}
     script.plot(histories, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_an_older_picture_is_kept(script, tmp_path):
+    for name in ("a.png", "a-2.png", "a-3.png"):
+        path = script.unused(tmp_path / "a.png")
+        assert path == tmp_path / name
+        path.touch()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +135,7 @@ def test_ctrl_c(tmp_path):
         process.kill()
         process.wait()
     assert code == 130, error.decode()
-    message = "Interrupted: 0 of 4 networks were trained, no picture was written."
+    message = "Interrupted: 0 of 5 networks were trained, no picture was written."
     assert message in error.decode()
     assert b"Traceback" not in error
     assert not picture.exists()

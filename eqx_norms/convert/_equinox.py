@@ -52,9 +52,11 @@ def from_equinox(
 
     - `BatchNorm(mode="ema")`, which normalises with its running average; ours normalises
         with the statistics of the batch.
-    - The running statistics of `BatchNorm(mode="batch")`, which Equinox divides by $1 -
-        \text{momentum}^\text{count}$ when it reads them. What is carried over is the
-        quotient, and from there on they take plain steps.
+    - The running statistics of a `BatchNorm` that was never trained: the first batch takes
+        the place of the initial ones, with `debias=True`. Equinox's `mode="batch"` counts a
+        first variance of 1 as well. From a trained one they go on as Equinox's: in
+        `mode="batch"`, what Equinox reads, by its count; in `mode="ema"`, where it is not
+        known how many batches there were, by plain steps, and a count of $2^{30}$.
     - `SpectralNorm`, where each call stores the vector $v$ half a step of power iteration
         earlier.
 
@@ -469,12 +471,14 @@ def _batch_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> BatchNorm
         momentum=layer.momentum,
         epsilon=layer.eps,
         axis_name=layer.axis_name if axis_name is None else axis_name,
+        debias=True,
     )
     if layer.mode == "ema":
         index = layer.ema_state_index
         mean, var = conversion.read(index)
-        # How many it was is not known, only whether there was one.
-        count = ~conversion.read(layer.ema_first_time_index)
+        # How many it was is not known, only whether there was one. After very many, a
+        # debiased step is a plain one.
+        count = jnp.where(conversion.read(layer.ema_first_time_index), 0, 2**30)
     else:
         index = layer.batch_state_index
         mean, var = conversion.read(index)
