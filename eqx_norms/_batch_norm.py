@@ -121,8 +121,8 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             average over all batches so far. Each call in training is a step of its own:
             where the gradients of `k` calls are accumulated to one step of the optimizer,
             `momentum ** (1 / k)` makes `k` calls forget as much as one did.
-        - `epsilon`: added to the variance. Not negative. With zero, a feature that has no
-            variance but the rounding of its mean comes out as zero, plus bias.
+        - `epsilon`: added to the variance. Not negative. With zero, a feature whose
+            variance is no more than rounding can explain comes out as zero, plus bias.
         - `param_dtype`: of scale and bias. The running statistics are at least float32.
             Complex input needs a complex one, for the running mean.
         - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap`

@@ -80,9 +80,10 @@ def check_num_features(
 def check_number(number: float, *, layer: str, argument: str) -> float:
     try:
         math.isfinite(number)  # `float` would read a string.
-    except TypeError:
+    except (TypeError, OverflowError):
         raise ValueError(
-            f"{layer}: `{argument}` must be a number, got {number!r}."
+            f"{layer}: `{argument}` must be a Python number, known before tracing, got "
+            f"{number!r}."
         ) from None
     return float(number)
 
@@ -172,12 +173,13 @@ def check_groups(
     """What can be checked of groups before the axis is bound."""
     if groups is None:
         return None
-    if not all(isinstance(group, Sequence) for group in groups):
+    try:
+        canonical = tuple(tuple(map(operator.index, group)) for group in groups)
+    except TypeError:
         raise ValueError(
             f"{layer}: `axis_index_groups` must be a list of groups, each a list of "
-            f"indices, got {groups}."
-        )
-    canonical = tuple(tuple(int(index) for index in group) for group in groups)
+            f"integers, got {groups!r}."
+        ) from None
     if names is None or len(names) != 1:
         raise ValueError(
             f"{layer}: `axis_index_groups` are groups of indices along one named axis, "

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ._types import Size
-from ._vmapped import vmapped_first, vmapped_index, vmapped_sum
+from ._vmapped import vmapped_index, vmapped_middle, vmapped_sum
 
 
 Names: TypeAlias = tuple[Hashable, ...]
@@ -58,7 +58,7 @@ class Members(eqx.Module):
         ]
         stacked = jnp.stack(parts)
         # Inside `shard_map` with its default checks `psum` refuses an array that does not
-        # vary along each of the axes. One that the index is added to varies along all.
+        # vary along each of the axes. Adding zero times the index makes it vary.
         zero = 0 * lax.axis_index(self.mesh_names)
         sums = iter(lax.psum(stacked + zero.astype(stacked.dtype), self.mesh_names))
         return tuple(
@@ -66,29 +66,35 @@ class Members(eqx.Module):
             for value in values
         )
 
-    def first(self, value: Array) -> "tuple[Array, Members]":
-        """The value of the first member on this device, and the members that are left: one
+    def middle(self, value: Array) -> "tuple[Array, Members]":
+        """The value of the middle member on this device, and the members that are left: one
         on each device. With groups, the value and the members as they are."""
         if self.group is not None:
             return value, self
         for index in self.indices:
-            value = vmapped_first(value, index)
+            value = vmapped_middle(value, index)
         size = math.prod(lax.axis_size(name) for name in self.mesh_names)
         return value, Members(size, self.mesh_names)
+
+    def _is_own(self, ndim: int) -> Array:
+        """Which row, of this rank and for each group, is that of this member's group."""
+        numbers = np.arange(self.num_groups, dtype=np.int32)
+        return numbers.reshape(-1, *[1] * (ndim - 1)) == self.group
 
     def _in_own_row(self, value: Array) -> Array:
         """With groups: a row for each, the value in this member's, zeros in the others."""
         if self.group is None:
             return value
-        rows = np.arange(self.num_groups, dtype=np.int32)
-        rows = rows.reshape(-1, *[1] * value.ndim)
-        return jnp.where(rows == self.group, value[None], jnp.zeros_like(value)[None])
+        own = self._is_own(value.ndim + 1)
+        return jnp.where(own, value[None], jnp.zeros_like(value)[None])
 
     def own(self, rows: Array) -> Array:
-        """The row of this member's group; without groups, what is given."""
+        """The row of this member's group; without groups, what is given. (An index that is
+        sharded on an `Explicit` mesh cannot be used to index.)"""
         if self.group is None:
             return rows
-        return lax.dynamic_index_in_dim(rows, self.group, keepdims=False)
+        own = self._is_own(rows.ndim)
+        return jnp.sum(jnp.where(own, rows, jnp.zeros_like(rows)), 0, dtype=rows.dtype)
 
 
 ALONE = Members()
@@ -158,5 +164,6 @@ def bound_members(
     group_of = np.empty(size, np.int32)
     for number, group in enumerate(groups):
         group_of[list(group)] = number
-    group = jnp.asarray(group_of)[index]
+    is_index = np.arange(size, dtype=np.int32) == index
+    group = jnp.sum(jnp.where(is_index, group_of, 0), dtype=np.int32)
     return Members(len(groups[0]), mesh_names, len(groups), indices, group)

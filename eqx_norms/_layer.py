@@ -53,7 +53,7 @@ class AbstractNorm(eqx.Module):
     num_features: int | tuple[int, ...] = eqx.field(static=True)
     epsilon: float = eqx.field(static=True)
     scale_offset: float = eqx.field(static=True)
-    # With a default they are only printed where they differ from it.
+    # Equinox prints a field with a default only where it differs from that.
     dtype: ResultDType = eqx.field(static=True, default=None, kw_only=True)
     axis_name: tuple[Any, ...] | None = eqx.field(static=True, default=None, kw_only=True)
     axis_index_groups: tuple[tuple[int, ...], ...] | None = eqx.field(
@@ -118,8 +118,8 @@ class AbstractNorm(eqx.Module):
         bias: AnyArray | None,
         features: Shape | None,
     ) -> tuple[Inputs, Settings]:
-        """The arrays of a call, checked, and all else that matters of it. `features` is the
-        feature shape that is required, `None` if any will do."""
+        """Checks the arrays of a call. Returns them and its static settings. `features` is
+        the feature shape that is required, `None` if any will do."""
         name = type(self).__name__
         argument, axes = self._layout()
         x = jnp.asarray(x)
@@ -142,12 +142,12 @@ class AbstractNorm(eqx.Module):
         )
         return inputs, Settings(
             self._reduction(x.shape, axes),
-            axes,
-            dtype,
-            self.epsilon,
-            self.scale_offset,
-            self._subtract_mean,
-            self.use_fast_variance,
+            feature_axes=axes,
+            dtype=dtype,
+            epsilon=self.epsilon,
+            scale_offset=self.scale_offset,
+            subtract_mean=self._subtract_mean,
+            use_fast_variance=self.use_fast_variance,
         )
 
 

@@ -61,8 +61,8 @@ class LayerNorm(AbstractExampleNorm):
 
         - `num_features`: the size of the feature axis, or a tuple with the size of each, in
             the order of `feature_axes`.
-        - `epsilon`: added to the variance. Not negative. With zero, what has no variance
-            but the rounding of its mean comes out as zero, plus bias.
+        - `epsilon`: added to the variance. Not negative. With zero, data whose variance is
+            no more than rounding can explain comes out as zero, plus bias.
         - `dtype`: of the result. By default what the input, scale and bias promote to;
             `"input"` for the input's own, float32 for integers and booleans.
         - `param_dtype`: of scale and bias.
@@ -76,14 +76,15 @@ class LayerNorm(AbstractExampleNorm):
             or `jax.shard_map`: mean and variance are taken over these too.
         - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of
             equal size and together all of them: each group has statistics of its own.
-        - `use_fast_variance`: whether the variance may be taken about the first position in
-            place of the mean, which reads `x` once less. It is taken about the mean in any
-            case with a `mask`, and where the statistics are over the last axis alone, which
-            is then read once. Either way float32 data of mean $m$ and deviation 1 comes out
-            within $3 \\cdot 10^{-7} m + 2 \\cdot 10^{-5}$; the data itself is rounded to
-            $6 \\cdot 10^{-8} m$.
+        - `use_fast_variance`: whether the variance may be taken about the position in the
+            middle of the reduced axes in place of the mean, which reads `x` once less. With
+            a `mask`, or with statistics over the last axis alone, it is always taken about
+            the mean. Either way float32 data of mean $m$ and deviation 1 comes out within
+            $3 \\cdot 10^{-7} m + 2 \\cdot 10^{-5}$; the data itself is rounded to
+            $6 \\cdot 10^{-8} m$. (Unless that one position is an outlier: at $k$ deviations
+            from the mean the variance has about $k^2$ roundings.)
         - `scale_offset`: added to the scale, the layer's or that of the call, in the
-            precision of the statistics. Without either there is no scale.
+            precision of the statistics. Without a scale it has no effect.
         - `key`: a `jax.random` key for the initializers, if they need one.
 
         **Raises:**

@@ -10,11 +10,10 @@ Its derivative `dy`, for tangents `dx`, `dscale`, `dbias` and the moments of `x`
 - Together `dz = (dx - a) * inv + (x - mean) * dinv = (dx - a - z * b) * inv`.
 - `dy = dz * scale + z * dscale + dbias`.
 
-For complex `x`, `e` has the real part of conj(x - mean) dx. Where the moments are given, as
-in evaluation, `a` and `e` are `dmean` and `dvar / 2`.
+For complex `x` it is `e = E[Re(conj(x - mean) dx)]`. Where the moments are given, as in
+evaluation, `a` and `e` are `dmean` and `dvar / 2`.
 
-Where scale varies as the moments do, products of small arrays are formed first. With
-`f = inv * scale`
+Where `f = inv * scale` has the shape of `inv` or that of `scale`, it is formed first:
 
     y = (x - mean) * f + bias,    dy = dx * f + z * (dscale - b * f) + (dbias - a * f).
 
@@ -31,7 +30,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
@@ -43,18 +41,18 @@ from ._statistics import Inputs, Moments, Settings, counted, means, moments, rea
 def _deviation(
     settings: Settings, inputs: Inputs, rows: Moments
 ) -> tuple[Array, Array, Array | None]:
-    """`x - mean`, `inv`, and which positions are left as they are: one that the mask
-    excludes and that would not come out finite is taken for zero."""
+    """`x - mean`, `inv`, and where `x` is valid: not where the mask excludes a position
+    whose result would not be finite. There `x` counts as zero."""
     x, spread = inputs.x.astype(settings.wide(inputs.x)), settings.reduction.spread
     own = jax.tree.map(inputs.members.own, rows)
     v, limits = own.var + settings.epsilon, jnp.finfo(own.var.dtype)
     if settings.epsilon > limits.tiny:
-        inv = lax.rsqrt(v)
+        inv = jax.lax.rsqrt(v)
     else:
-        # Without variance, up to the rounding of the mean, such data comes out as zero.
-        rounding = 0 if own.mean is None else jnp.abs(3 * limits.eps * own.mean)
+        # A variance that the rounding of the mean can explain counts as zero.
+        rounding = 0 if own.mean is None else 3 * float(limits.eps) * jnp.abs(own.mean)
         varies = v > limits.tiny + rounding**2
-        inv = jnp.where(varies, lax.rsqrt(jnp.where(varies, v, 1)), 0)
+        inv = jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, v, 1)), 0)
     if own.number is not None:
         inv = jnp.where(own.number > 0, inv, 0)
     inv = spread(inv, x).astype(x.dtype)
@@ -67,26 +65,25 @@ def _deviation(
 
 
 def _total(terms: tuple[Array | None, ...], dtype: np.dtype, offset: float = 0.0) -> Any:
-    """The sum of what there is, or `None`. It may be larger than each term; so it is taken
-    within the rule, which keeps the terms."""
+    """The sum of what there is, or `None`. Its shape may exceed that of each term. So the
+    rule adds them up, and the backward pass keeps the terms and not their sum."""
     present = [term.astype(dtype) for term in terms if term is not None]
     total = functools.reduce(operator.add, present) if present else None
     return total if total is None or offset == 0 else total + offset
 
 
 def _is_small(scale: Array | None, inv: Array) -> bool:
-    """Whether `inv * scale` is no larger than one of them."""
+    """Whether `inv * scale` has the shape of `inv` or that of `scale`."""
     pairs = [] if scale is None else list(zip(scale.shape, inv.shape, strict=True))
-    # Along each axis the one is of size 1 wherever the other is; or the other way round.
+    # Along all axes where only one of the two is of size 1, it is the same one.
     return len({n == 1 for n, m in pairs if (n == 1) != (m == 1)}) < 2
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _standardize(settings: Settings, inputs: Inputs) -> tuple[Array, Moments]:
     """The result, and the moments that it was normalised with."""
-    wide, rows = settings.wide(inputs.x), inputs.moments
-    if rows is None:
-        rows = moments(settings, inputs)
+    wide = settings.wide(inputs.x)
+    rows = inputs.moments or moments(settings, inputs)
     d, inv, _ = _deviation(settings, inputs, rows)
     scale = _total(inputs.scale, wide, settings.scale_offset)
     bias = _total(inputs.bias, wide)
@@ -135,7 +132,7 @@ def _rule(settings, primals, tangents):
     (inputs,), (tangents,) = primals, tangents
     y, rows = _standardize(settings, inputs)
     dx = None if isinstance(tangents.x, SymbolicZero) else tangents.x
-    # Of what is zero a number will do, and takes no memory.
+    # A scalar stands for a tangent that is zero: it takes no memory.
     tangents = jax.tree.map(
         lambda t: jnp.zeros((), t.dtype) if isinstance(t, SymbolicZero) else t,  # pyright: ignore
         tangents._replace(x=None, mask=None, members=None),
@@ -144,9 +141,9 @@ def _rule(settings, primals, tangents):
     kept = inputs._replace(bias=(), moments=None)
     tangent = functools.partial(_tangent, settings)
 
-    # XLA's CPU code makes one pass over rows, or one over columns, at a time. Its backward
-    # pass takes 1.5 to 4 times as long where the gradient of `x` and those of scale and
-    # bias share what they compute. On a GPU or a TPU they share a reading.
+    # On a CPU XLA fuses no reduction over rows, for the gradient of `x`, with one over
+    # columns, for those of scale and bias. The backward pass takes 1.5 to 4 times as long
+    # where the two share what they compute. On a GPU or a TPU they share a reading of `x`.
     def apart(kept, rows, dx, tangents):
         part = jax.checkpoint(tangent)
         of_x = part(kept, rows, dx, tangents._replace(scale=(), bias=()))
@@ -155,10 +152,13 @@ def _rule(settings, primals, tangents):
 
     def linear(*args):
         if settings.reduction.over_rows(inputs.x) and jax.tree.leaves(inputs.scale):
-            return lax.platform_dependent(*args, cpu=apart, default=tangent)
+            return jax.lax.platform_dependent(*args, cpu=apart, default=tangent)
         return tangent(*args)
 
-    # By default, `prevent_cse=True`: what is kept is not for XLA to choose.
+    # The default, `prevent_cse=True`, stops XLA from keeping what it computed forward in
+    # the place of `x`. (Without, a step of unrolled blocks compiled for a TPU v5e is
+    # estimated 3 to 9 percent faster, and LayerNorm in bfloat16 on an H200 reads and writes
+    # 8 percent more.)
     return (y, rows), jax.checkpoint(linear)(kept, rows, dx, tangents)
 
 

@@ -120,7 +120,7 @@ def update(how: Step, old: Stats, rows: Moments) -> Stats:
     of_old, of_new = _weights(how, old, count)
     keep, share = of_old / (of_old + of_new), of_new / (of_old + of_new)
     if pooled:
-        # Before anything is counted, the old ones are not these data's.
+        # While the count is zero, the old ones are running statistics, not pooled ones.
         fresh = good & (old.count == 0)
         old = eqx.tree_at(
             lambda old: (old.mean, old.var),

@@ -1,6 +1,5 @@
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Inexact, Shaped
@@ -36,7 +35,8 @@ def check_inputs(
 ) -> tuple[Inputs, np.dtype]:
     """The arrays of a call, checked, and the dtype of its result. Of the scales and biases
     the first is the layer's own, the second that of the call."""
-    mask, scale, bias = jax.tree.map(jnp.asarray, (mask, scale, bias))
+    mask, *both = (None if a is None else jnp.asarray(a) for a in (mask, *scale, *bias))
+    scale, bias = (both[0], both[1]), (both[2], both[3])
     if mask is not None:
         check_mask(mask, layer=layer)
         check_broadcasts(mask, x, layer=layer, argument="mask")
@@ -91,11 +91,11 @@ def standardize(
     - `scale`, `bias`: $\gamma$ and $\beta$, each broadcastable to `x`.
     - `scale_offset`: added to `scale` in the precision of the statistics; without a `scale`
         it has no effect.
-    - `epsilon`: $\varepsilon$, added to the variance. Not negative. With zero, what has no
-        variance but the rounding of its mean comes out as zero, plus bias.
+    - `epsilon`: $\varepsilon$, added to the variance. Not negative. With zero, data
+        whose variance is no more than rounding can explain comes out as zero, plus bias.
     - `subtract_mean`: whether to subtract the mean. If `False`, the variance is the mean
         square: a root mean square norm.
-    - `use_fast_variance`: whether the variance may be taken about the first position in
+    - `use_fast_variance`: whether the variance may be taken about one position in
         place of the mean, which reads `x` once less; see [`eqx_norms.LayerNorm`][].
     - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap` or
         `jax.shard_map`: mean and variance are taken over these too.
@@ -130,12 +130,12 @@ def standardize(
         )
     settings = Settings(
         Reduction(axes),
-        (),
-        dtype,
-        check_epsilon(epsilon, layer=name),
-        check_scale_offset(scale_offset, layer=name),
-        subtract_mean,
-        use_fast_variance,
+        feature_axes=(),
+        dtype=dtype,
+        epsilon=check_epsilon(epsilon, layer=name),
+        scale_offset=check_scale_offset(scale_offset, layer=name),
+        subtract_mean=subtract_mean,
+        use_fast_variance=use_fast_variance,
     )
     members = bound_members(names, groups, x, layer=name)
     return normalize(settings, inputs._replace(members=members))[0]

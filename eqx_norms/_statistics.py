@@ -6,16 +6,17 @@ the mean is subtracted. With d = x - shift,
 
     mean = shift + E[d],    var = E|d|^2 - |E[d]|^2.
 
-The difference costs the variance about 1 + (shift - mean)^2 / var roundings (Chan, Golub
-and LeVeque, "Algorithms for computing the sample variance", The American Statistician 37,
-1983). The shift is one of two:
+The difference multiplies the rounding error of the variance by about
+1 + (shift - mean)^2 / var (Chan, Golub and LeVeque, "Algorithms for computing the sample
+variance", The American Statistician 37, 1983). The shift is one of two:
 
-- The mean, as it comes out rounded. This reads `x` twice.
-- The first position of what the statistic is over. This reads `x` once. One of n positions
-  is at most sqrt(n) deviations away from their mean, and one or two as a rule.
+- The mean, rounded. This reads `x` twice.
+- The position in the middle of the reduced axes. This reads `x` once. One of n positions is
+  at most sqrt(n) deviations away from their mean, and one or two as a rule. The first
+  position is no good choice: padding and first tokens are often outliers.
 
-A statistic over the last axis alone is about the mean, and E[d] is taken for zero:
-compilers then keep a row at hand, and read it once.
+A statistic over the last axis alone is about the mean, and E[d] is taken for zero: then
+compilers keep a row in the kernel, and read it once.
 """
 
 import math
@@ -33,11 +34,11 @@ from ._types import Shape, Size
 
 
 class Reduction(NamedTuple):
-    """What a statistic is over: some axes and, with `groups = (axis, number)`, stretches of
-    equal length that divide one more axis into that many.
+    """What a statistic is over: some axes and, with `groups = (axis, number)`, each of
+    `number` contiguous blocks of equal length along one more axis.
 
-    A statistic keeps the rank of the input: its size is 1 along `axes`, and the number of
-    stretches along the axis that is divided.
+    A statistic keeps the rank of the input: its size is 1 along `axes`, and `number` along
+    the axis of the blocks.
     """
 
     axes: tuple[int, ...]
@@ -64,7 +65,7 @@ class Reduction(NamedTuple):
     def number(self, mask: Array, x: Array) -> Array:
         """How many positions of `x` count by a mask that broadcasts to it."""
         mask = jnp.broadcast_to(mask, x.shape)
-        # A sum of float32 numbers stops to grow at 2^24.
+        # A float32 sum of ones stops growing at 2^24.
         return self.sum(mask.astype(jnp.int32)).astype(real_dtype(x.dtype))
 
     def spread(self, statistic: Array, x: Array) -> Array:
@@ -79,9 +80,10 @@ class Reduction(NamedTuple):
         return self.axes == (x.ndim - 1,) and self.groups is None
 
     def position(self, x: Array) -> Array:
-        """The first position along the axes: of size 1 there, all of `x` along others."""
-        limits = [1 if axis in self.axes else n for axis, n in enumerate(x.shape)]
-        return lax.slice(x, [0] * x.ndim, limits)
+        """The middle position along the axes: of size 1 there, all of `x` along others."""
+        starts = [n // 2 if axis in self.axes else 0 for axis, n in enumerate(x.shape)]
+        limits = [s + 1 if a in self.axes else x.shape[a] for a, s in enumerate(starts)]
+        return lax.slice(x, starts, limits)
 
 
 class Moments(NamedTuple):
@@ -98,7 +100,7 @@ class Moments(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What is known of a call before there is data."""
+    """The static settings of a call."""
 
     reduction: Reduction
     feature_axes: tuple[int, ...]
@@ -114,14 +116,14 @@ class Settings(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The arrays of a call. Scale and bias are those learned and those given, to be added
-    up; `None` stands for what there is not."""
+    """The arrays of a call; `None` where there is none. The layer's own scale and that of
+    the call are to be added up, and so are the two biases."""
 
     x: Array
     mask: Array | None = None
     scale: tuple[Array | None, ...] = ()
     bias: tuple[Array | None, ...] = ()
-    # In the place of the moments of `x`.
+    # If given, used instead of the moments of `x`.
     moments: Moments | None = None
     members: Members = ALONE
 
@@ -161,19 +163,20 @@ def moments(settings: Settings, inputs: Inputs) -> Moments:
     if mask is None and x.size == 0:
         mask = jnp.zeros(x.shape, bool)
     wide = x.astype(settings.wide(x))
-    # XLA's GPU code keeps a row at hand for one sum after another, not for two at a time.
+    # On a GPU, XLA fuses reductions of a row into one kernel where each needs the result of
+    # the last one, but not two of them side by side.
     one_by_one = reduction.over_rows(x) and not members.mesh_names
     vmapped = members.indices and members.group is None
     may_slice = (reduction.axes or vmapped) and not is_sharded(x, reduction.axes)
     fast = settings.use_fast_variance and settings.subtract_mean and mask is None
     if fast and may_slice and not one_by_one:
-        # Sliced before the cast: compilers may write, or read again, all of the cast `x`.
-        # Averaged over axes of size 1 too: XLA would split a slice over devices as `x` is.
-        position, others = members.first(reduction.position(x))
+        # The slice comes before the cast: else compilers may write all of the cast `x`. The
+        # mean over axes of size 1 changes no value: without it XLA shards the slice as `x`.
+        position, others = members.middle(reduction.position(x))
         others = inputs._replace(members=others)
         (shift,) = means(settings, others, None, position.astype(wide.dtype))
     else:
-        # How many are counted travels with what is added up.
+        # The count is summed in the same collective as the values.
         value = counted(mask, wide if settings.subtract_mean else abs_square(wide))
         local = () if mask is None else (reduction.number(mask, wide),)
         total, *numbers = members.sum(reduction.sum(value), *local)

@@ -84,11 +84,11 @@ TABLE = [
     Bad("infinite epsilon", ALL, {"epsilon": float("inf")}, EPSILON + "inf"),
     Bad(
         "epsilon as text", ALL, {"epsilon": "1e-5"},
-        "`epsilon` must be a number, got '1e-5'", typed=True,
+        "`epsilon` must be a Python number, known before tracing, got '1e-5'", typed=True,
     ),
     Bad(
         "momentum as text", BATCH, {"momentum": "0.9"},
-        "`momentum` must be a number, got '0.9'", typed=True,
+        "`momentum` must be a Python number, known before tracing, got '0.9'", typed=True,
     ),
     Bad("negative momentum", BATCH, {"momentum": -0.1}, MOMENTUM + r".*got -0\.1"),
     Bad("big momentum", BATCH, {"momentum": 1.5}, MOMENTUM + r".*got 1\.5"),

@@ -105,10 +105,11 @@ def test_shift_of_the_input(case, seed, shape, shift):
     """A number added to all that is averaged over changes nothing."""
     if not case.center:
         return
-    # On a grid, so that the sum is exact and the library has nothing to excuse.
+    # On a grid, so that the sum is exact: but for the rounding of the mean.
     x = np.round(64 * draw(seed, shape, apart=2)) / 64
     y, shifted = run(case, x), run(case, x + np.float32(shift))
-    np.testing.assert_allclose(shifted, y, rtol=1e-5, atol=1e-5)
+    atol = 3e-7 * abs(shift) + 2e-5
+    np.testing.assert_allclose(shifted, y, rtol=1e-5, atol=atol)
 
 
 @all_norms

@@ -533,3 +533,62 @@ def test_recalibration_with_donation(donate):
     match = r"`forward` must leave the model and the state.*donated.*`eqx.filter_jit\(forw"
     with raises("recalibrate", match):
         en.recalibrate(layer, clone(state), batches, forward)
+
+
+# What a strict reviewer tried, with and without runtime checks of types.
+
+
+@pytest.mark.parametrize("is_set", [True, False], ids=["set", "not set"])
+def test_groups_of_a_vmapped_axis_on_an_explicit_mesh(is_set):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+    x = np.asarray(normal(0, (8, 3, 4))) + np.arange(8, dtype=np.float32)[:, None, None]
+    placed = jax.device_put(x, NamedSharding(mesh, P("d")))
+    groups = [[0, 3, 4, 6], [1, 2, 5, 7]]
+
+    def f(x):
+        each = functools.partial(
+            en.standardize, axes=0, axis_name="i", axis_index_groups=groups
+        )
+        return jax.vmap(each, axis_name="i")(x)
+
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+        y = jax.jit(f)(placed)
+    assert y.sharding.spec[0] == "d"
+    for group in groups:
+        wanted, _, _ = reference(x[np.array(group)], (0, 1))
+        np.testing.assert_allclose(np.asarray(y)[np.array(group)], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("subtract_mean", [True, False])
+def test_complex_data_without_epsilon(subtract_mean):
+    x = np.array(normal(0, (6, 4), jnp.complex64))
+    x[2] = 3 + 1j
+    y = en.standardize(x, epsilon=0.0, subtract_mean=subtract_mean)
+    wanted, _, _ = reference(x, (-1,), center=subtract_mean, epsilon=0.0)
+    np.testing.assert_allclose(y, wanted, atol=1e-5)
+
+
+def test_lists_are_arrays(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    x, scale, mask = [[1.0, 2.0, 4.0]] * 2, [1.0, 2.0, 3.0], [True, True, False]
+    y = en.standardize(x, scale=scale, bias=tuple(scale), mask=mask)
+    wanted, _, _ = reference(x, (-1,), scale=scale, bias=scale, mask=np.array(mask))
+    np.testing.assert_allclose(y, wanted, atol=1e-5)
+    layer = en.LayerNorm(3)
+    np.testing.assert_allclose(layer(np.float32(x), scale=scale), layer(x, scale=scale))
+
+
+@pytest.mark.parametrize("groups", [3, [[0, 1.5], [2, 3]], [[0.9, 1.2]], [0, 1]], ids=str)
+def test_groups_are_lists_of_integers(groups, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="must be a list of groups, each a list of int"):
+        en.LayerNorm(4, axis_name="i", axis_index_groups=groups)
+
+
+def test_epsilon_is_known_before_tracing(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for epsilon in (10**400, None):
+        with pytest.raises(ValueError, match="a Python number, known before tracing"):
+            en.standardize(jnp.ones(4), epsilon=epsilon)
+    with pytest.raises(ValueError, match="a Python number, known before tracing"):
+        jax.jit(lambda epsilon: en.standardize(jnp.ones(4), epsilon=epsilon))(1e-6)
