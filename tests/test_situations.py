@@ -570,12 +570,16 @@ def test_complex_data_without_epsilon(subtract_mean):
 
 def test_lists_are_arrays(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    x, scale, mask = [[1.0, 2.0, 4.0]] * 2, [1.0, 2.0, 3.0], [True, True, False]
-    y = en.standardize(x, scale=scale, bias=tuple(scale), mask=mask)
+    x: Any = [[1.0, 2.0, 4.0]] * 2
+    scale: Any = [1.0, 2.0, 3.0]
+    mask: Any = [True, True, False]
+    bias: Any = tuple(scale)
+    y = en.standardize(x, scale=scale, bias=bias, mask=mask)
     wanted, _, _ = reference(x, (-1,), scale=scale, bias=scale, mask=np.array(mask))
     np.testing.assert_allclose(y, wanted, atol=1e-5)
     layer = en.LayerNorm(3)
-    np.testing.assert_allclose(layer(np.float32(x), scale=scale), layer(x, scale=scale))
+    array = np.array(x, np.float32)
+    np.testing.assert_allclose(layer(x, scale=scale), layer(array, scale=scale))
 
 
 @pytest.mark.parametrize("groups", [3, [[0, 1.5], [2, 3]], [[0.9, 1.2]], [0, 1]], ids=str)
@@ -587,6 +591,7 @@ def test_groups_are_lists_of_integers(groups, monkeypatch):
 
 def test_epsilon_is_known_before_tracing(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    epsilon: Any
     for epsilon in (10**400, None):
         with pytest.raises(ValueError, match="a Python number, known before tracing"):
             en.standardize(jnp.ones(4), epsilon=epsilon)
