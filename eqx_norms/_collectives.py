@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ._types import Size
-from ._vmapped import vmapped_index, vmapped_middle, vmapped_sum
+from ._vmapped import vmapped_first, vmapped_index, vmapped_sum
 
 
 Names: TypeAlias = tuple[Hashable, ...]
@@ -66,13 +66,13 @@ class Members(eqx.Module):
             for value in values
         )
 
-    def middle(self, value: Array) -> "tuple[Array, Members]":
-        """The value of the middle member on this device, and the members that are left: one
+    def first(self, value: Array) -> "tuple[Array, Members]":
+        """The value of the first member on this device, and the members that are left: one
         on each device. With groups, the value and the members as they are."""
         if self.group is not None:
             return value, self
         for index in self.indices:
-            value = vmapped_middle(value, index)
+            value = vmapped_first(value, index)
         size = math.prod(lax.axis_size(name) for name in self.mesh_names)
         return value, Members(size, self.mesh_names)
 

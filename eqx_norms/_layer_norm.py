@@ -76,10 +76,10 @@ class LayerNorm(AbstractExampleNorm):
             or `jax.shard_map`: mean and variance are taken over these too.
         - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of
             equal size and together all of them: each group has statistics of its own.
-        - `use_fast_variance`: whether the variance may be taken about the position in the
-            middle of the reduced axes in place of the mean, which reads `x` once less. With
-            a `mask`, or with statistics over the last axis alone, it is always taken about
-            the mean. Either way float32 data of mean $m$ and deviation 1 comes out within
+        - `use_fast_variance`: whether the variance may be taken about one position of `x`,
+            in the first example and the middle of other reduced axes, in place of the mean.
+            This reads `x` once less. With a `mask`, or with statistics over the last axis
+            alone, it is always taken about the mean. Either way float32 data of mean $m$ and deviation 1 comes out within
             $3 \\cdot 10^{-7} m + 2 \\cdot 10^{-5}$; the data itself is rounded to
             $6 \\cdot 10^{-8} m$. (Unless that one position is an outlier: at $k$ deviations
             from the mean the variance has about $k^2$ roundings.)

@@ -11,9 +11,10 @@ The difference multiplies the rounding error of the variance by about
 variance", The American Statistician 37, 1983). The shift is one of two:
 
 - The mean, rounded. This reads `x` twice.
-- The position in the middle of the reduced axes. This reads `x` once. One of n positions is
-  at most sqrt(n) deviations away from their mean, and one or two as a rule. The first
-  position is no good choice: padding and first tokens are often outliers.
+- One position. This reads `x` once. One of n positions is at most sqrt(n) deviations away
+  from their mean, and one or two as a rule. It is the first one along axis 0 or a vmapped
+  axis, where the examples are (a slice there stays on the first device), and in the middle
+  of any other axis, at whose ends padding and first tokens are often outliers.
 
 A statistic over the last axis alone is about the mean, and E[d] is taken for zero: then
 compilers keep a row in the kernel, and read it once.
@@ -80,8 +81,8 @@ class Reduction(NamedTuple):
         return self.axes == (x.ndim - 1,) and self.groups is None
 
     def position(self, x: Array) -> Array:
-        """The middle position along the axes: of size 1 there, all of `x` along others."""
-        starts = [n // 2 if axis in self.axes else 0 for axis, n in enumerate(x.shape)]
+        """One position along the axes: of size 1 there, all of `x` along others."""
+        starts = [n // 2 if a > 0 and a in self.axes else 0 for a, n in enumerate(x.shape)]
         limits = [s + 1 if a in self.axes else x.shape[a] for a, s in enumerate(starts)]
         return lax.slice(x, starts, limits)
 
@@ -172,7 +173,7 @@ def moments(settings: Settings, inputs: Inputs) -> Moments:
     if fast and may_slice and not one_by_one:
         # The slice comes before the cast: else compilers may write all of the cast `x`. The
         # mean over axes of size 1 changes no value: without it XLA shards the slice as `x`.
-        position, others = members.middle(reduction.position(x))
+        position, others = members.first(reduction.position(x))
         others = inputs._replace(members=others)
         (shift,) = means(settings, others, None, position.astype(wide.dtype))
     else:

@@ -47,16 +47,16 @@ def _sum_at_owner(x, x_dim, index, index_dim):
     return jnp.sum(x, axis=x_dim), None
 
 
-def _middle_at_owner(x, x_dim, index, index_dim):
+def _first_at_owner(x, x_dim, index, index_dim):
     if x_dim is None:
         return x, None
     if is_sharded(x, (x_dim,)):
         return jnp.mean(x, axis=x_dim), None
-    return lax.index_in_dim(x, x.shape[x_dim] // 2, x_dim, keepdims=False), None
+    return lax.index_in_dim(x, 0, x_dim, keepdims=False), None
 
 
 _sum_p = _primitive("vmapped_sum", _sum_at_owner)
-_middle_p = _primitive("vmapped_middle", _middle_at_owner)
+_first_p = _primitive("vmapped_first", _first_at_owner)
 _index_p = _primitive("vmapped_index", lambda x, x_dim, *index: index)
 
 
@@ -81,10 +81,10 @@ def vmapped_sum(x: Array, index: Array) -> Array:
     return _sum_p.bind(x, index)
 
 
-def vmapped_middle(x: Array, index: Array) -> Array:
-    """The middle member's `x`; or the mean of all members' where JAX refuses to slice,
+def vmapped_first(x: Array, index: Array) -> Array:
+    """The first member's `x`; or the mean of all members' where JAX refuses to slice,
     along an axis that is sharded on an `Explicit` mesh. There is no derivative."""
-    return _middle_p.bind(x, index)
+    return _first_p.bind(x, index)
 
 
 def vmapped_index(index: Array) -> Array:

@@ -57,14 +57,16 @@ def run(case, x, mode, **kwargs):
 
 def at(x, axes, position):
     """One position along each of these axes, and all of the others."""
+    starts = [position(axis, n) for axis, n in enumerate(x.shape)]
     return tuple(
-        slice(position(n), position(n) + 1) if axis in axes else slice(None)
-        for axis, n in enumerate(x.shape)
+        slice(start, start + 1) if axis in axes else slice(None)
+        for axis, start in enumerate(starts)
     )
 
 
-def middle(n):
-    return n // 2
+def shift(axis, n):
+    """Where the fast mode has its shift from."""
+    return 0 if axis == 0 else n // 2
 
 
 def allowance(case, x, expected, mode):
@@ -73,7 +75,7 @@ def allowance(case, x, expected, mode):
     The mean is rounded, and is off by a few roundings of a sum: of data with a large mean
     these are all that matters. Subtraction, inverse deviation and product are four
     roundings of the output. The fast mode's variance has about 1 + distance^2 times those
-    of a sum, where the distance is that of the middle position from the mean, in
+    of a sum, where the distance is that of that position from the mean, in
     deviations.
     """
     axes = case.reduction_axes(x.ndim)
@@ -85,7 +87,7 @@ def allowance(case, x, expected, mode):
     if case.center:
         allowed = allowed + 4 * np.abs(mean) * inverse
     if mode == "fast" and case.center and axes != (x.ndim - 1,):
-        distance = (wide[at(x, axes, middle)] - mean) * inverse
+        distance = (wide[at(x, axes, shift)] - mean) * inverse
         allowed = allowed + 4 * largest * distance**2
     # XLA may take subnormal numbers for zero, before they are scaled up.
     flushed = float(jnp.finfo(jnp.float32).tiny) / np.sqrt(EPSILON)
@@ -171,13 +173,13 @@ def test_squares_that_overflow_come_out_as_zero(case, dtype, mode):
 
 @row_layers
 def test_fast_variance_with_a_shift_far_from_the_mean(case):
-    """The middle position is an outlier, as far from the mean as one of 512 can be: the
-    variance has lost at most as many roundings as there are positions."""
+    """That position is an outlier, as far from the mean as one of 512 can be: the variance
+    has lost at most as many roundings as there are positions."""
     if not case.center:
         pytest.skip("subtracts no mean")
     data = np.random.default_rng(1).standard_normal((32, 512)).astype(np.float32)
     x = lay_out(case, data)
-    x[at(x, case.reduction_axes(3), middle)] = 1e4
+    x[at(x, case.reduction_axes(3), shift)] = 1e4
     expected = answer(case, x)
     for mode in MODES:
         allowed = allowance(case, x, expected, mode)
@@ -192,7 +194,7 @@ def test_an_outlier_at_the_first_position(case, mode, value):
     mean = 100.0 if value == 0 else 0.0
     data = mean + np.random.default_rng(1).standard_normal((32, 512)).astype(np.float32)
     x = lay_out(case, data)
-    first = at(x, case.reduction_axes(3), lambda n: 0)
+    first = at(x, case.reduction_axes(3), lambda axis, n: 0)
     x[first] = value
     difference = np.abs(run(case, x, mode) - answer(case, x))
     difference[first] = 0
