@@ -82,7 +82,7 @@ class LayerNorm(AbstractExampleNorm):
             alone, it is always taken about the mean. Either way float32 data of mean $m$
             and deviation 1 comes out within $3 \\cdot 10^{-7} m + 2 \\cdot 10^{-5}$; the
             data itself is rounded to $6 \\cdot 10^{-8} m$. (Unless that one position is an
-            outlier: at $k$ deviations from the mean the variance has about $k^2$ roundings.)
+            outlier: $k$ deviations away, it costs the variance about $k^2$ roundings.)
         - `scale_offset`: added to the scale, the layer's or that of the call, in the
             precision of the statistics. Without a scale it has no effect.
         - `key`: a `jax.random` key for the initializers, if they need one.
