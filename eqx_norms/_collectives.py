@@ -1,5 +1,6 @@
 """Sums over named axes: of `jax.vmap`, `jax.pmap`, `jax.shard_map`, or several of them."""
 
+import functools
 import math
 from collections.abc import Hashable
 from typing import TypeAlias
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ._types import Size
@@ -109,13 +110,14 @@ def _vmapped_index(name: Hashable, x: Array) -> Array:
     mesh = jax.typeof(x).sharding.mesh
     if AxisType.Explicit not in mesh.axis_types or jax.sharding.get_abstract_mesh().shape:
         return lax.axis_index(name)
-    # The type of `x` does not say which devices these are. Its data does, if kept.
-    return jax.jit(
-        lambda x: jax.sharding.reshard(
-            lax.axis_index(name), NamedSharding(mesh, PartitionSpec())
-        ),
-        keep_unused=True,
-    )(x)
+    return _index_on_mesh(name, mesh, x)
+
+
+# The type of `x` does not say which devices these are. Its data does, if kept.
+@functools.partial(jax.jit, static_argnums=(0, 1), keep_unused=True)
+def _index_on_mesh(name: Hashable, mesh: AbstractMesh, x: Array) -> Array:
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.sharding.reshard(lax.axis_index(name), sharding)
 
 
 def bound_members(

@@ -597,3 +597,17 @@ def test_epsilon_is_known_before_tracing(monkeypatch):
             en.standardize(jnp.ones(4), epsilon=epsilon)
     with pytest.raises(ValueError, match="a Python number, known before tracing"):
         jax.jit(lambda epsilon: en.standardize(jnp.ones(4), epsilon=epsilon))(1e-6)
+
+
+def test_a_second_call_in_a_vmap_on_an_explicit_mesh_compiles_nothing(caplog):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+    x = jax.device_put(normal(0, (8, 3)), NamedSharding(mesh, P("d")))
+
+    def f():
+        each = functools.partial(en.standardize, axes=(), axis_name="i")
+        return jax.vmap(each, axis_name="i")(x)
+
+    f()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        f()
+    assert "Compiling" not in caplog.text
