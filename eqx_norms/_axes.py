@@ -1,8 +1,9 @@
-"""Which axes there are, and small arrays laid out against the input."""
+"""Which axes there are, and in what order."""
 
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from ._checks import canonicalize_axes
@@ -31,18 +32,15 @@ def feature_shape(shape: Shape, feature_axes: Sequence[int]) -> Shape:
     return tuple(shape[axis] for axis in feature_axes)
 
 
-def to_features(array: Array, feature_axes: Sequence[int], ndim: int) -> Array:
-    """From the feature shape, in the order of `feature_axes`, to this rank, with axes of
-    size one where there are no features."""
-    order = sorted(range(len(feature_axes)), key=feature_axes.__getitem__)
-    return jnp.expand_dims(jnp.transpose(array, order), other_axes(feature_axes, ndim))
+def to_input_order(array: Array, feature_axes: Sequence[int]) -> Array:
+    """From the feature shape, whose axes are in the order of `feature_axes`, to the same
+    axes in the order that they have in the input."""
+    return jnp.transpose(array, np.argsort(feature_axes))
 
 
-def from_features(array: Array, feature_axes: Sequence[int]) -> Array:
-    """The inverse of `to_features`."""
-    array = jnp.squeeze(array, other_axes(feature_axes, array.ndim))
-    ranks = sorted(feature_axes)
-    return jnp.transpose(array, [ranks.index(axis) for axis in feature_axes])
+def to_feature_order(array: Array, feature_axes: Sequence[int]) -> Array:
+    """The inverse of `to_input_order`."""
+    return jnp.transpose(array, np.argsort(np.argsort(feature_axes)))
 
 
 def to_rank(array: Array, ndim: int) -> Array:

@@ -33,7 +33,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from ._axes import feature_shape, to_features, to_rank
+from ._axes import feature_shape, other_axes, to_input_order, to_rank
 from ._dtypes import cast, real_dtype
 from ._statistics import Inputs, Moments, Settings, counted, means, moments, real_product
 
@@ -177,11 +177,12 @@ def normalize(settings: Settings, inputs: Inputs) -> tuple[Array, Moments]:
 
     def lay_out(array):
         if array.shape == feature_shape(x.shape, axes):
-            return to_features(array, axes, x.ndim)
+            return jnp.expand_dims(to_input_order(array, axes), other_axes(axes, x.ndim))
         return to_rank(array, x.ndim)
 
     mask = None if inputs.mask is None else to_rank(inputs.mask, x.ndim)
-    scale, bias, given = jax.tree.map(lay_out, (inputs.scale, inputs.bias, inputs.moments))
+    scale, bias = jax.tree.map(lay_out, (inputs.scale, inputs.bias))
+    given = jax.tree.map(lambda a: to_input_order(a, axes), inputs.moments)
     if given is not None:
         # They may be of another width than what is computed in.
         given = Moments(cast(given.mean, wide), cast(given.var, real_dtype(wide)))

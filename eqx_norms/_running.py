@@ -11,7 +11,7 @@ from equinox.nn import State, StateIndex
 from jax import lax
 from jaxtyping import Array, Inexact, Int
 
-from ._axes import from_features
+from ._axes import to_feature_order
 from ._dtypes import cast, promote, real_dtype
 from ._sharding import shard_like
 from ._state import get_state
@@ -99,52 +99,86 @@ class Step(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def update(how: Step, old: Stats, rows: Moments) -> Stats:
+def update(how: Step, old: Stats, batch: Moments) -> Stats:
     """Takes a batch in, or leaves a feature as it was where the batch says nothing of it.
 
-    `rows` are the same on all devices, so all devices decide alike.
+    The moments of the batch are the same on all devices, so all devices decide alike.
     """
-    pooled = isinstance(old, PooledStats)
+    mean, var, number = batch
+    assert mean is not None
+    count = jnp.full_like(var, how.size) if number is None else number.astype(var.dtype)
+    groups = mean, var, count
     if not how.grouped:
-        rows = jax.tree.map(lambda row: row[None], rows)
-    mean, var, count = _over_groups(
-        rows, how.size, unbiased=how.unbiased and not pooled, between=pooled
-    )
-    mean = cast(from_features(mean, how.feature_axes), old.mean.dtype)
-    var = cast(from_features(var, how.feature_axes), old.var.dtype)
-    count = from_features(count, how.feature_axes).astype(old.var.dtype)
+        groups = tuple(array[None] for array in groups)
+    pooled = isinstance(old, PooledStats)
+    of_batch = _pool(*groups) if pooled else _average(how, *groups)
     # On an Explicit mesh the features may be sharded and the state not: it stays as it is.
-    mean, var, count = (shard_like(a, old.count) for a in (mean, var, count))
-    good = jnp.isfinite(mean) & jnp.isfinite(var) & (count > 0)
-    # The batch's share is small after many batches: 1 - keep would lose its digits.
-    of_old, of_new = _weights(how, old, count)
-    keep, share = of_old / (of_old + of_new), of_new / (of_old + of_new)
-    if pooled:
-        # While the count is zero, the old ones are running statistics, not pooled ones.
-        fresh = good & (old.count == 0)
-        old = eqx.tree_at(
-            lambda old: (old.mean, old.var),
-            old,
-            (jnp.where(fresh, mean, old.mean), jnp.where(fresh, var, old.var)),
+    mean, var, count = (
+        shard_like(to_feature_order(cast(array, kind), how.feature_axes), old.count)
+        for array, kind in zip(
+            of_batch, (old.mean.dtype, old.var.dtype, old.var.dtype), strict=True
         )
-        var = var + keep * abs_square(mean - old.mean)
-    added = jnp.where(good, count if pooled else 1, 0).astype(old.count.dtype)
+    )
+    good = jnp.isfinite(mean) & jnp.isfinite(var) & (count > 0)
+    if pooled:
+        before = (old.mean, old.var, old.count.astype(count.dtype))
+        new = _pool(*map(jnp.stack, zip(before, (mean, var, count), strict=True)))
+    else:
+        new = _step(how, old, mean, var)
+    stats = (
+        jnp.where(good, a.astype(b.dtype), b)
+        for a, b in zip(new, (old.mean, old.var, old.count), strict=True)
+    )
+    return lax.stop_gradient(type(old)(*stats))
+
+
+def _pool(mean: Array, var: Array, count: Array) -> tuple[Array, Array, Array]:
+    """Mean, variance and count of several samples, along the first axis, joined to one."""
+    # Nothing is known of an empty one.
+    mean, var = (jnp.where(count > 0, array, 0) for array in (mean, var))
+    average, _, total = _weighted(mean, var, count)
+    var = var + abs_square(mean - average[None])
+    return average, _weighted(mean, var, count)[1], total
+
+
+def _average(
+    how: Step, mean: Array, var: Array, count: Array
+) -> tuple[Array, Array, Array]:
+    """The mean of the means and that of the variances of several samples, along the first
+    axis, and how many positions were counted."""
+    # One position says nothing of a variance.
+    count = jnp.where(count > 1, count, 0)
+    if how.unbiased:
+        var = var * (count / jnp.maximum(count - 1, 1))
+    return _weighted(mean, var, count)
+
+
+def _weighted(mean: Array, var: Array, count: Array) -> tuple[Array, Array, Array]:
+    total = jnp.sum(count, 0)
+    share = count / jnp.maximum(total, 1)[None]
+    mean = jnp.sum(share.astype(mean.dtype) * mean, 0)
+    return mean, jnp.sum(share * var, 0), total
+
+
+def _step(
+    how: Step, old: RunningStats, mean: Array, var: Array
+) -> tuple[Array, Array, Array]:
+    """The running statistics after a step towards the mean and variance of a batch."""
+    of_old, of_new = _weights(how, old.count.astype(var.dtype))
+    # The batch's share is small after many batches: 1 - keep would lose its digits.
+    keep, share = of_old / (of_old + of_new), of_new / (of_old + of_new)
 
     def blend(old, new):
         a, b = (jnp.asarray(weight, old.dtype) for weight in (keep, share))
         # A difference that is rounded, not a sum: a million equal batches change nothing.
-        new = jnp.where(share < 0.5, old + (b * new - b * old), a * old + b * new)
-        return jnp.where(good, new, old)
+        return jnp.where(share < 0.5, old + (b * new - b * old), a * old + b * new)
 
-    stats = (blend(old.mean, mean), blend(old.var, var), old.count + added)
-    return lax.stop_gradient(type(old)(*stats))
+    return blend(old.mean, mean), blend(old.var, var), old.count + 1
 
 
-def _weights(how: Step, old: Stats, count: Array) -> tuple[Any, Any]:
-    """Of the old statistics and of the new ones, up to a common factor."""
-    seen = old.count.astype(count.dtype)
-    if isinstance(old, PooledStats):
-        return seen, jnp.maximum(count, 1)
+def _weights(how: Step, seen: Array) -> tuple[Any, Any]:
+    """The weights, up to a common factor, of the running statistics after `seen` batches,
+    and of one batch more."""
     # The average over all batches is the limit for a momentum of one.
     if how.momentum is None or (how.debias and how.momentum == 1):
         return seen, 1
@@ -153,26 +187,3 @@ def _weights(how: Step, old: Stats, count: Array) -> tuple[Any, Any]:
     # m + m^2 + ... + m^n after n batches. Powers near one would lose precision.
     sums = -jnp.expm1(seen * math.log(how.momentum))
     return how.momentum / (1 - how.momentum) * sums, 1
-
-
-def _over_groups(
-    rows: Moments, size: Size, *, unbiased: bool, between: bool
-) -> tuple[Array, Array, Array]:
-    """Mean, variance and count of all groups of members together, each group weighted by
-    its count. `unbiased` divides a variance by one less than the count, where that is not
-    zero; `between` adds the variance of the groups' means."""
-    mean, var, count = rows
-    assert mean is not None
-    if count is None:
-        count = jnp.broadcast_to(jnp.asarray(size, var.dtype), var.shape)
-    if not between:
-        # One position says nothing of a variance.
-        count = jnp.where(count > 1, count, 0)
-    if unbiased:
-        var = var * (count / jnp.where(count > 1, count - 1, 1))
-    total = jnp.sum(count, 0, keepdims=True)
-    share = count / jnp.maximum(total, 1)
-    average = jnp.sum(share.astype(mean.dtype) * mean, 0, keepdims=True)
-    if between:
-        var = var + abs_square(mean - average)
-    return average[0], jnp.sum(share * var, 0), total[0]

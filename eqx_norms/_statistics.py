@@ -38,22 +38,22 @@ class Reduction(NamedTuple):
     """What a statistic is over: some axes and, with `groups = (axis, number)`, each of
     `number` contiguous blocks of equal length along one more axis.
 
-    A statistic keeps the rank of the input: its size is 1 along `axes`, and `number` along
-    the axis of the blocks.
+    A statistic has the axes of the input without `axes`, and `number` entries along that
+    of the blocks. (With axes of size 1 in the place of `axes`, XLA would split it over
+    devices as it splits the input there, and collect it anew at each step.)
     """
 
     axes: tuple[int, ...]
     groups: tuple[int, int] | None = None
 
     def sum(self, x: Array) -> Array:
-        x = jnp.sum(x, self.axes, keepdims=True, dtype=x.dtype)
         if self.groups is None:
-            return x
+            return jnp.sum(x, self.axes, dtype=x.dtype)
         # After the sums over space, which are long, there is little left to reshape.
         axis, number = self.groups
-        x = unshard(x, axis)
+        x = unshard(jnp.sum(x, self.axes, keepdims=True, dtype=x.dtype), axis)
         split = (*x.shape[:axis], number, x.shape[axis] // number, *x.shape[axis + 1 :])
-        return jnp.sum(x.reshape(split), axis + 1, dtype=x.dtype)
+        return jnp.squeeze(jnp.sum(x.reshape(split), axis + 1, dtype=x.dtype), self.axes)
 
     def size(self, shape: Shape) -> Size:
         """How many positions of an input of this shape one statistic is over."""
@@ -71,6 +71,7 @@ class Reduction(NamedTuple):
 
     def spread(self, statistic: Array, x: Array) -> Array:
         """A statistic laid out against `x`, to which it then broadcasts."""
+        statistic = jnp.expand_dims(statistic, self.axes)
         if self.groups is None:
             return statistic
         axis, number = self.groups
@@ -88,8 +89,8 @@ class Reduction(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Mean and variance, of the rank of the input. With groups of members they have a
-    leading axis: a row for each group.
+    """Mean and variance, of a statistic's shape. With groups of members they have a leading
+    axis: a row for each group.
 
     - `mean`: `None` where no mean is subtracted. Then `var` is the mean square.
     - `number`: how many positions were counted; `None` if all were.
@@ -171,11 +172,12 @@ def moments(settings: Settings, inputs: Inputs) -> Moments:
     may_slice = (reduction.axes or vmapped) and not is_sharded(x, reduction.axes)
     fast = settings.use_fast_variance and settings.subtract_mean and mask is None
     if fast and may_slice and not one_by_one:
-        # The slice comes before the cast: else compilers may write all of the cast `x`. The
-        # mean over axes of size 1 changes no value: without it XLA shards the slice as `x`.
+        # The slice comes before the cast: else compilers may write all of the cast `x`.
+        # Without the barrier a TPU's compiler takes the shift, and the shift as it is laid
+        # out against `x`, for two things, and collects each over devices.
         position, others = members.first(reduction.position(x))
-        others = inputs._replace(members=others)
-        (shift,) = means(settings, others, None, position.astype(wide.dtype))
+        position, others = position.astype(wide.dtype), inputs._replace(members=others)
+        (shift,) = lax.optimization_barrier(means(settings, others, None, position))
     else:
         # The count is summed in the same collective as the values.
         value = counted(mask, wide if settings.subtract_mean else abs_square(wide))

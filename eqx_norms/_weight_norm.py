@@ -11,7 +11,7 @@ from jax.nn.initializers import ones
 from jaxtyping import Array, Inexact, PRNGKeyArray
 
 from ._affine import init_affine
-from ._axes import feature_shape, from_features
+from ._axes import feature_shape, to_feature_order
 from ._dtypes import promote, result_dtype
 from ._normalize import normalize
 from ._statistics import Inputs, Reduction, Settings, abs_square
@@ -135,7 +135,7 @@ class WeightNorm(AbstractWrapper[Layer]):
         axes, reduction = self._reduction(weight)
         wide = weight.astype(promote(weight.dtype, jnp.float32))
         square = reduction.sum(abs_square(wide)) + self.epsilon
-        return from_features(jnp.sqrt(square), axes).astype(dtype)
+        return to_feature_order(jnp.sqrt(square), axes).astype(dtype)
 
     def _normalized(self, weight: Array, scale: Array | None) -> Array:
         axes, reduction = self._reduction(weight)

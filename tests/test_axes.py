@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import eqx_norms as en
-from eqx_norms._axes import from_features, other_axes, to_features, to_rank
+from eqx_norms._axes import other_axes, to_feature_order, to_input_order, to_rank
 from eqx_norms._checks import canonicalize_axes, check_broadcasts
 
 from .helpers import along, normal, randomize, reference
@@ -52,9 +52,9 @@ def test_other_axes():
 def test_features_there_and_back(axes):
     x = jnp.zeros((2, 3, 4, 5))
     array = normal(0, tuple(x.shape[axis] for axis in axes))
-    laid_out = to_features(array, axes, x.ndim)
-    assert np.array_equal(laid_out, along(array, axes, x.ndim))
-    assert np.array_equal(from_features(laid_out, axes), array)
+    ordered = to_input_order(array, axes)
+    assert np.array_equal(ordered, np.squeeze(along(array, axes, x.ndim)))
+    assert np.array_equal(to_feature_order(ordered, axes), array)
 
 
 def test_to_rank():
