@@ -1,4 +1,4 @@
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import equinox as eqx
 import jax
@@ -9,7 +9,6 @@ from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
 from ._axes import other_axes
 from ._checks import check_axes, check_flag, check_momentum
-from ._collectives import bound_members
 from ._layer import AbstractNorm
 from ._normalize import normalize
 from ._running import RunningStats, Step, get_stats, init_stats, update
@@ -78,6 +77,11 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         [Batch Normalization](https://arxiv.org/abs/1502.03167), with the parameters of
         Flax's `nnx.BatchNorm`.
     """
+
+    _remedy: ClassVar[str] = (
+        "Give a batch; or, for one example inside `jax.vmap(..., axis_name='batch')`, make "
+        "the layer with `axis_name='batch'`."
+    )
 
     state_index: StateIndex[RunningStats]
     inference: bool
@@ -221,16 +225,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
                 f"that of complex input of dtype {inputs.x.dtype}. Give the layer a "
                 "complex `param_dtype`."
             )
-        if not settings.reduction.axes and self.axis_name is None:
-            raise ValueError(
-                f"{name}: an input of shape {inputs.x.shape} with features along "
-                f"`axis={settings.feature_axes}` has no axis left to take statistics over. "
-                "Give a batch; or, for one example inside `jax.vmap(..., "
-                "axis_name='batch')`, make the layer with `axis_name='batch'`."
-            )
-        members = bound_members(
-            self.axis_name, self.axis_index_groups, inputs.x, layer=name
-        )
+        members = self._members(settings, inputs.x)
         size = settings.reduction.size(inputs.x.shape) * members.size
         # What is pooled over a data set may have a batch of one at its end.
         if size == 1 and inputs.mask is None and isinstance(running, RunningStats):

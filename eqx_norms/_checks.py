@@ -11,8 +11,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
+from ._axes import feature_shape, other_axes
 from ._collectives import Groups, Names
-from ._dtypes import ResultDType
+from ._dtypes import ResultDType, result_dtype
+from ._statistics import Inputs, Reduction
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Shape
 
 
@@ -60,6 +62,30 @@ def canonicalize_axes(
             f"of {ndim} dimensions. Give each axis once."
         )
     return canonical
+
+
+def example_axes(
+    batch_axes: Axes, feature_axes: Sequence[int], ndim: int, *, layer: str
+) -> tuple[int, ...]:
+    """The axes of each example that hold no features, those of space as a rule."""
+    batch = canonicalize_axes(batch_axes, ndim, layer=layer, argument="batch_axes")
+    if set(batch) & set(feature_axes):
+        raise ValueError(
+            f"{layer}: an axis cannot be among both the batch axes {batch} and the feature "
+            f"axes {tuple(feature_axes)}. For one example, as inside `jax.vmap`, use "
+            "`batch_axes=()`."
+        )
+    return other_axes((*batch, *feature_axes), ndim)
+
+
+def check_reduction(
+    reduction: Reduction, names: Names | None, shape: Shape, *, layer: str, remedy: str
+):
+    if not reduction.axes and reduction.groups is None and names is None:
+        raise ValueError(
+            f"{layer}: no axis left to take statistics over in an input of shape {shape}. "
+            f"{remedy}"
+        )
 
 
 def check_num_features(
@@ -211,3 +237,27 @@ def check_broadcasts(array: Array, x: Array, *, layer: str, argument: str):
             f"{layer}: `{argument}` of shape {array.shape} does not broadcast to the "
             f"input's shape {x.shape}."
         )
+
+
+def check_inputs(
+    x: Array,
+    mask: Any,
+    scale: tuple[Any, Any],
+    bias: tuple[Any, Any],
+    *,
+    feature_axes: tuple[int, ...],
+    dtype: ResultDType,
+    layer: str,
+) -> tuple[Inputs, np.dtype]:
+    """The arrays of a call, checked, and the dtype of its result. Of the scales and biases
+    the first is the layer's own, the second that of the call."""
+    mask, *both = (None if a is None else jnp.asarray(a) for a in (mask, *scale, *bias))
+    scale, bias = (both[0], both[1]), (both[2], both[3])
+    if mask is not None:
+        check_mask(mask, layer=layer)
+        check_broadcasts(mask, x, layer=layer, argument="mask")
+    features = feature_shape(x.shape, feature_axes)
+    for argument, (_, given) in (("scale", scale), ("bias", bias)):
+        if given is not None and given.shape != features:
+            check_broadcasts(given, x, layer=layer, argument=argument)
+    return Inputs(x, mask, scale, bias), result_dtype(dtype, x, *scale, *bias, layer=layer)

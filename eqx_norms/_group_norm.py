@@ -5,8 +5,13 @@ import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 from jaxtyping import PRNGKeyArray
 
-from ._axes import example_axes
-from ._checks import canonicalize_axes, check_axes, check_integers, check_num_features
+from ._checks import (
+    canonicalize_axes,
+    check_axes,
+    check_integers,
+    check_num_features,
+    example_axes,
+)
 from ._layer import AbstractExampleNorm
 from ._statistics import Reduction
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape

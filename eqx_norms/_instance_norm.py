@@ -1,10 +1,11 @@
+from typing import ClassVar
+
 import equinox as eqx
 import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 from jaxtyping import PRNGKeyArray
 
-from ._axes import example_axes
-from ._checks import check_axes
+from ._checks import check_axes, example_axes
 from ._layer import AbstractExampleNorm
 from ._statistics import Reduction
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
@@ -40,6 +41,11 @@ class InstanceNorm(AbstractExampleNorm):
         [Instance Normalization](https://arxiv.org/abs/1607.08022), with the parameters of
         Flax's `nnx.InstanceNorm`, and `batch_axes`.
     """
+
+    _remedy: ClassVar[str] = (
+        "It needs axes besides `batch_axes` and `feature_axes`. For one example, as inside "
+        "`jax.vmap`, use `batch_axes=()`."
+    )
 
     feature_axes: tuple[int, ...] = eqx.field(static=True)
     batch_axes: tuple[int, ...] = eqx.field(static=True)
@@ -101,11 +107,6 @@ class InstanceNorm(AbstractExampleNorm):
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
         name = type(self).__name__
-        axes = example_axes(self.batch_axes, feature_axes, len(shape), layer=name)
-        if not axes and self.axis_name is None:
-            raise ValueError(
-                f"{name}: an input of shape {shape} with batch axes {self.batch_axes} and "
-                f"feature axes {feature_axes} has no axis left to take statistics over. "
-                "For one example, as inside `jax.vmap`, use `batch_axes=()`."
-            )
-        return Reduction(axes)
+        return Reduction(
+            example_axes(self.batch_axes, feature_axes, len(shape), layer=name)
+        )

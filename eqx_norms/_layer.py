@@ -16,15 +16,16 @@ from ._checks import (
     canonicalize_axes,
     check_epsilon,
     check_groups,
+    check_inputs,
     check_names,
     check_num_features,
+    check_reduction,
     check_result_dtype,
     check_scale_offset,
 )
-from ._collectives import bound_members
+from ._collectives import Members, bound_members
 from ._dtypes import ResultDType
 from ._normalize import normalize
-from ._standardize import check_inputs
 from ._statistics import Inputs, Reduction, Settings
 from ._types import AnyArray, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
 
@@ -62,6 +63,8 @@ class AbstractNorm(eqx.Module):
     use_fast_variance: bool = eqx.field(static=True, default=True, kw_only=True)
 
     _subtract_mean: ClassVar[bool] = True
+    # What to do where no axis is left to take statistics over.
+    _remedy: ClassVar[str] = "Name one in `reduction_axes`, or an `axis_name`."
 
     def _set_common(
         self,
@@ -150,6 +153,12 @@ class AbstractNorm(eqx.Module):
             use_fast_variance=self.use_fast_variance,
         )
 
+    def _members(self, settings: Settings, x: Array) -> Members:
+        """Those that share the statistics of a call, which must be over something."""
+        layer, names, reduction = type(self).__name__, self.axis_name, settings.reduction
+        check_reduction(reduction, names, x.shape, layer=layer, remedy=self._remedy)
+        return bound_members(names, self.axis_index_groups, x, layer=layer)
+
 
 class AbstractExampleNorm(AbstractNorm):
     """A layer whose statistics are those of its input alone."""
@@ -210,17 +219,8 @@ class AbstractExampleNorm(AbstractNorm):
         `axis_name` is bound nowhere.
         """
         del key
-        name = type(self).__name__
-        with jax.named_scope(f"eqx_norms.{name}"):
+        with jax.named_scope(f"eqx_norms.{type(self).__name__}"):
             inputs, settings = self._check(x, mask, scale, bias, self._features())
-            axes, groups = settings.reduction
-            if not axes and groups is None and self.axis_name is None:
-                raise ValueError(
-                    f"{name}: no axis to take statistics over in an input of shape "
-                    f"{inputs.x.shape}. Name one in `reduction_axes`, or an `axis_name`."
-                )
-            members = bound_members(
-                self.axis_name, self.axis_index_groups, inputs.x, layer=name
-            )
+            members = self._members(settings, inputs.x)
             y, _ = normalize(settings, inputs._replace(members=members))
         return y if state is None else (y, state)

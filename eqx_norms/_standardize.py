@@ -1,50 +1,21 @@
-from typing import Any
-
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Inexact, Shaped
 
-from ._axes import feature_shape
 from ._checks import (
     canonicalize_axes,
     check_axes,
-    check_broadcasts,
     check_epsilon,
     check_groups,
-    check_mask,
+    check_inputs,
     check_names,
+    check_reduction,
     check_result_dtype,
     check_scale_offset,
 )
 from ._collectives import bound_members
-from ._dtypes import ResultDType, result_dtype
 from ._normalize import normalize
-from ._statistics import Inputs, Reduction, Settings
+from ._statistics import Reduction, Settings
 from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike
-
-
-def check_inputs(
-    x: Array,
-    mask: Any,
-    scale: tuple[Any, Any],
-    bias: tuple[Any, Any],
-    *,
-    feature_axes: tuple[int, ...],
-    dtype: ResultDType,
-    layer: str,
-) -> tuple[Inputs, np.dtype]:
-    """The arrays of a call, checked, and the dtype of its result. Of the scales and biases
-    the first is the layer's own, the second that of the call."""
-    mask, *both = (None if a is None else jnp.asarray(a) for a in (mask, *scale, *bias))
-    scale, bias = (both[0], both[1]), (both[2], both[3])
-    if mask is not None:
-        check_mask(mask, layer=layer)
-        check_broadcasts(mask, x, layer=layer, argument="mask")
-    features = feature_shape(x.shape, feature_axes)
-    for argument, (_, given) in (("scale", scale), ("bias", bias)):
-        if given is not None and given.shape != features:
-            check_broadcasts(given, x, layer=layer, argument=argument)
-    return Inputs(x, mask, scale, bias), result_dtype(dtype, x, *scale, *bias, layer=layer)
 
 
 def standardize(
@@ -122,14 +93,11 @@ def standardize(
         x, mask, (None, scale), (None, bias), feature_axes=(), dtype=result, layer=name
     )
     axes = check_axes(axes, layer=name, argument="axes")
-    axes = canonicalize_axes(axes, x.ndim, layer=name, argument="axes")
-    if not axes and names is None:
-        raise ValueError(
-            f"{name}: no axis to take statistics over in an input of shape {x.shape}. Name "
-            "one in `axes`, or an `axis_name`."
-        )
+    reduction = Reduction(canonicalize_axes(axes, x.ndim, layer=name, argument="axes"))
+    remedy = "Name one in `axes`, or an `axis_name`."
+    check_reduction(reduction, names, x.shape, layer=name, remedy=remedy)
     settings = Settings(
-        Reduction(axes),
+        reduction,
         feature_axes=(),
         dtype=dtype,
         epsilon=check_epsilon(epsilon, layer=name),

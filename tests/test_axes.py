@@ -126,5 +126,7 @@ def test_statistics_of_one_number():
 
 @pytest.mark.parametrize("layer", [en.LayerNorm, en.RMSNorm])
 def test_statistics_of_nothing(layer):
-    with pytest.raises(ValueError, match=f"{layer.__name__}: no axis to take statistics"):
+    with pytest.raises(
+        ValueError, match=f"{layer.__name__}: no axis left to take statistics"
+    ):
         layer(4, reduction_axes=())(normal(0, (2, 4)))

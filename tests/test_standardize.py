@@ -122,7 +122,7 @@ def test_over_devices():
         ({"axes": (0, -3)}, r"`axes=.* names an axis more than once for an input"),
         (
             {"axes": ()},
-            r"no axis to take statistics over .* \(6, 5, 8\). Name one in `axes`",
+            r"no axis left to take statistics over .* \(6, 5, 8\). Name one in `axes`",
         ),
         ({"scale": jnp.ones(5)}, r"`scale` of shape \(5,\) does not broadcast to .*8\)"),
         ({"bias": jnp.ones((1, 6, 5, 8))}, "`bias` of shape .* does not broadcast"),

@@ -1,8 +1,9 @@
 """Speed, memory and size of each layer, beside those of other libraries.
 
-    python -m tests.benchmarks [--layers LayerNorm,BatchNorm] [--quick] [--rounds N]
-                               [--mean M] [--json FILE] [--plot FILE] [--markdown]
-                               [--from FILE] [--fresh-memory]
+    python -m tests.benchmarks [--layers LayerNorm,BatchNorm] [--libraries flax,torch]
+                               [--parts speed,memory,size,devices] [--quick]
+                               [--first-shape] [--rounds N] [--mean M] [--json FILE]
+                               [--plot FILE] [--markdown] [--from FILE] [--fresh-memory]
 
 It runs on JAX's default device, or with `--from` shows what an earlier run wrote. What is
 in the tables is said in `speed.py`, `memory.py`, `size.py` and `devices.py`.
@@ -32,6 +33,7 @@ from tests.benchmarks.tables import show, show_records, track
 
 
 NAMES = [case.name for case in speed.CASES]
+PARTS = ["speed", "memory", "size", "devices"]
 PACKAGES = ("jax", "jaxlib", "equinox", "flax", "torch", "numpy")
 
 
@@ -42,11 +44,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def names(text):
-        chosen = text.split(",")
-        unknown = sorted(set(chosen) - set(NAMES))
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{unknown} are none of {NAMES}")
+    def some_of(known):
+        def chosen(text):
+            names = text.split(",")
+            unknown = sorted(set(names) - set(known))
+            if unknown:
+                raise argparse.ArgumentTypeError(f"{unknown} are none of {known}")
+            return names
+
         return chosen
 
     def positive(text):
@@ -54,7 +59,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError("one round is the least")
         return int(text)
 
-    parser.add_argument("--layers", type=names, default=NAMES, help=", ".join(NAMES))
+    for name, known in (
+        ("layers", NAMES),
+        ("libraries", speed.EVERY_PEER),
+        ("parts", PARTS),
+    ):
+        parser.add_argument(
+            f"--{name}", type=some_of(known), default=known, help=", ".join(known)
+        )
+    parser.add_argument(
+        "--first-shape", action="store_true", help="of each layout, to be done sooner"
+    )
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
     parser.add_argument(
         "--rounds", type=positive, help="by default 15, or 7 if quick; fewer in slow cells"
@@ -218,15 +233,17 @@ def report(results: dict[str, Any], *, markdown: bool) -> None:
         columns, rows = speed.table([r for r in results["speed"] if r["layer"] == layer])
         title = f"{layer}: time in units of the floor"
         show(title, columns, rows, text=3, markdown=markdown)
-    show("All cells", *speed.summary(results["speed"]), text=2, markdown=markdown)
+    if results["speed"]:
+        show("All cells", *speed.summary(results["speed"]), text=2, markdown=markdown)
     print(LEGEND)
-    show_records(memory.TITLE, results["memory"], text=3, markdown=markdown)
-    show_records(size.TITLE, results["size"], text=2, markdown=markdown)
+    for title, part, text in ((memory.TITLE, "memory", 3), (size.TITLE, "size", 2)):
+        if results[part]:
+            show_records(title, results[part], text=text, markdown=markdown)
     title = (
         "All-reduces over 8 devices, forward, and with gradients of input and parameters"
     )
     if isinstance(results["all_reduces"], str):
-        print(f"{title}: left out, {results['all_reduces']}")
+        print(f"{title}: left out. {results['all_reduces']}")
     else:
         show_records(title, results["all_reduces"], text=2, markdown=markdown)
     print(f"\n{run['command']}")
@@ -234,8 +251,9 @@ def report(results: dict[str, Any], *, markdown: bool) -> None:
     print(", ".join(f"{k} {v}" for k, v in run["versions"].items() if v))
     if run["torch_device"] is None:
         print("PyTorch is not installed, or not for this device: left out")
-    bandwidth = max(record["copy"]["gb_per_second"] for record in results["speed"])
-    print(f"a copy reaches up to {bandwidth:.1f} GB/s; memory: {run['memory']}")
+    speeds = [record["copy"]["gb_per_second"] for record in results["speed"]]
+    if speeds:
+        print(f"a copy reaches up to {max(speeds):.1f} GB/s; memory: {run['memory']}")
 
 
 def read(path: pathlib.Path, layers: list[str]) -> dict[str, Any]:
@@ -258,14 +276,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rounds = arguments.rounds or (7 if quick else 15)
     cases = [case for case in speed.CASES if case.name in layers]
     timed = speed.records(
-        layers, mean=arguments.mean or 0.0, rounds=rounds, quick=quick, track=track
+        layers,
+        arguments.libraries,
+        mean=arguments.mean or 0.0,
+        rounds=rounds,
+        quick=quick,
+        first_shape=arguments.first_shape,
+        track=track,
     )
+    parts = arguments.parts
     return {
         "run": described,
-        "memory": memory.records(cases, quick=quick),
-        "size": size.records(cases, repeats=0 if quick else 2),
-        "all_reduces": "--quick" if quick else all_reduces(layers),
-        "speed": list(timed),
+        "memory": memory.records(cases, quick=quick) if "memory" in parts else [],
+        "size": size.records(cases, repeats=0 if quick else 2) if "size" in parts else [],
+        "all_reduces": all_reduces(layers) if "devices" in parts and not quick else "",
+        "speed": list(timed) if "speed" in parts else [],
     }
 
 
@@ -279,7 +304,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     report(results, markdown=arguments.markdown)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    if arguments.plot:
+    if arguments.plot and results["speed"]:
         plot(results, arguments.plot)
     return results
 

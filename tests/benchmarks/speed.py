@@ -16,7 +16,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ PASSES = {"forward": 1, "both": 2}
 # A batch, and one example inside `jax.vmap`.
 OURS = ("eqx_norms", "vmap")
 PEERS = {"JAX": ("flax", "equinox"), "PyTorch": ("torch", "torch.compile")}
+EVERY_PEER = (*PEERS["JAX"], *PEERS["PyTorch"])
 
 # An accelerator's queue is kept full: launching is not what is timed. Its batches grow to
 # this many elements, beyond what its caches hold.
@@ -74,13 +75,16 @@ def layouts(case: Norm) -> list[str]:
     return ["NC"] * case.on_vectors + ["NCHW", "NHWC"] * on_images
 
 
-def cells(layers: Iterable[str], *, quick: bool) -> Iterator[Cell]:
+def cells(
+    layers: Iterable[str], *, quick: bool, first_shape: bool = False
+) -> Iterator[Cell]:
     for case in (case for case in CASES if case.name in layers):
         for layout in layouts(case):
             if quick and layout == "NHWC":
                 continue
             kind = "vectors" if layout == "NC" else "images"
-            for shape in (QUICK_SHAPES if quick else SHAPES)[kind]:
+            shapes = (QUICK_SHAPES if quick else SHAPES)[kind]
+            for shape in shapes[:1] if first_shape else shapes:
                 n, *rest = shape
                 if jax.default_backend() != "cpu" and not quick:
                     n *= math.ceil(ACCELERATOR_SIZE / math.prod(shape))
@@ -130,7 +134,9 @@ def torch_device() -> str | None:
     return names.get(jax.default_backend())
 
 
-def _torch_runners(cell: Cell, x: np.ndarray, dy: np.ndarray, device: str):
+def _torch_runners(
+    cell: Cell, x: np.ndarray, dy: np.ndarray, device: str, libraries: Collection[str]
+) -> dict[str, dict[str, Runner]]:
     import torch
 
     dtype = getattr(torch, jnp.dtype(cell.dtype).name)
@@ -167,8 +173,8 @@ def _torch_runners(cell: Cell, x: np.ndarray, dy: np.ndarray, device: str):
 
         return {"forward": runner(forward), "both": runner(both)}
 
-    made = {"torch": runners(module)}
-    if device == "cuda":
+    made = {"torch": runners(module)} if "torch" in libraries else {}
+    if device == "cuda" and "torch.compile" in libraries:
         # What is compiled is kept by code, not by module, and only so many times.
         torch.compiler.reset()
         torch.cuda.empty_cache()
@@ -182,7 +188,9 @@ def _torch_runners(cell: Cell, x: np.ndarray, dy: np.ndarray, device: str):
     return made
 
 
-def runners(cell: Cell, mean: float) -> dict[str, dict[str, Runner]]:
+def runners(
+    cell: Cell, mean: float, libraries: Collection[str] = EVERY_PEER
+) -> dict[str, dict[str, Runner]]:
     """By library and pass, the copy of as many bytes as the input has among them. The
     input is normally distributed, of that mean and deviation one."""
     rng = np.random.default_rng(0)
@@ -198,10 +206,11 @@ def runners(cell: Cell, mean: float) -> dict[str, dict[str, Runner]]:
     words = jnp.zeros(x.nbytes // 4, jnp.uint32)
     made = {"copy": {"forward": _jax_runner(lambda words: words + 1, words)}}
     for library, layer in layers.items():
-        made[library] = _jax_runners(layer, x, dy)
+        if library in (*OURS, *libraries):
+            made[library] = _jax_runners(layer, x, dy)
     device = torch_device()
-    if device is not None:
-        made |= _torch_runners(cell, data, cotangent, device)
+    if device is not None and set(libraries) & set(PEERS["PyTorch"]):
+        made |= _torch_runners(cell, data, cotangent, device, libraries)
     return made
 
 
@@ -268,15 +277,19 @@ def compare(times: Mapping[str, Any], copy: Any, copies: int) -> dict[str, dict[
 
 def records(
     layers: Iterable[str],
+    libraries: Collection[str],
     *,
     mean: float,
     rounds: int,
     quick: bool,
+    first_shape: bool,
     track: Callable[..., Iterable[Cell]],
 ) -> Iterator[dict[str, Any]]:
     """One for each cell and pass, fit for JSON."""
-    for cell in track(list(cells(layers, quick=quick)), "speed"):
-        times = measure(runners(cell, mean), rounds=rounds, seconds=0.3 if quick else 8.0)
+    chosen = list(cells(layers, quick=quick, first_shape=first_shape))
+    for cell in track(chosen, "speed"):
+        made = runners(cell, mean, libraries)
+        times = measure(made, rounds=rounds, seconds=0.3 if quick else 8.0)
         copy = times.pop("copy")["forward"]
         nbytes = math.prod(cell.shape) * jnp.dtype(cell.dtype).itemsize
         for name, copies in PASSES.items():
@@ -306,7 +319,7 @@ def label(record: dict[str, Any]) -> str:
 def libraries(speed: list[dict[str, Any]]) -> list[str]:
     """Those in any of the records, ours first."""
     found = {library for record in speed for library in record["libraries"]}
-    return [name for name in (*OURS, *PEERS["JAX"], *PEERS["PyTorch"]) if name in found]
+    return [name for name in (*OURS, *EVERY_PEER) if name in found]
 
 
 def table(speed: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
