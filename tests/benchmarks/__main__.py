@@ -150,7 +150,11 @@ def use_all_threads() -> int:
     return threads
 
 
-PASS_NAMES = {"forward": "forward", "both": "forward and backward"}
+PASS_NAMES = {
+    "forward": "forward",
+    "both": "forward and backward",
+    "apart": "forward and backward, two programs",
+}
 COLORS = {
     "eqx_norms": "#08519c",
     "vmap": "#6baed6",
@@ -218,9 +222,10 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
 
 LEGEND = """
 The floor is as many copies as the pass reads and writes arrays of the input's size. both:
-forward and backward. vmap: eqx_norms, one example inside `jax.vmap`. a / JAX: to the faster
-of Flax and Equinox, with half the interquartile range. of bandwidth: what eqx_norms reaches
-of that of a copy. N: batch, C: features, H and W: space.
+forward and backward; apart: as two programs. vmap: eqx_norms, one example inside
+`jax.vmap`. a / JAX: to the faster of Flax and Equinox, with half the interquartile range.
+of bandwidth: what eqx_norms reaches of that of a copy. N: batch, C: features, H and W:
+space.
 
 Memory: kept by one layer for the backward pass, and of the compiled gradient of twelve
 blocks, scanned and unrolled.

@@ -29,7 +29,6 @@ import argparse
 import datetime
 import functools
 import json
-import math
 import os
 import pathlib
 import sys
@@ -37,7 +36,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 
 if __name__ == "__main__":
@@ -59,7 +58,14 @@ from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled
 
 from tests.benchmarks import hlo, speed
-from tests.benchmarks.rivals import Functional, available, ours, versions
+from tests.benchmarks.rivals import (
+    Functional,
+    available,
+    count_bytes,
+    ours,
+    passes,
+    versions,
+)
 from tests.benchmarks.tables import show, track
 
 
@@ -101,10 +107,6 @@ def place(tree: Any, mesh: Mesh, spec: P = WHOLE) -> Any:
     )
 
 
-def count_bytes(array: Any) -> int:
-    return math.prod(array.shape) * array.dtype.itemsize
-
-
 def build(platform: str, f: Callable[..., Any], *args: Any) -> tuple[Compiled, hlo.Cost]:
     """For the devices on which the arguments are."""
     program = jax.jit(f).lower(*args).compile(OPTIONS[platform])
@@ -119,57 +121,6 @@ def describe(cost: hlo.Cost, unit: int) -> dict[str, Any]:
         "kernels": cost.kernels,
         "conditionals": cost.conditionals,
     }
-
-
-class Passes(NamedTuple):
-    """Functions, each with the arguments that it takes, and the bytes that are kept for the
-    backward pass, without the parameters."""
-
-    inference: tuple[Any, ...]
-    forward: tuple[Any, ...]
-    backward: tuple[Any, ...]
-    kept: int
-
-
-def passes(layer: Functional, x: Any) -> Passes:
-    def training(params, state, x):
-        return jax.vjp(
-            lambda x, params: layer.apply(params, state, x), x, params, has_aux=True
-        )
-
-    args = (layer.params, layer.state, x)
-    jaxpr, shapes = jax.make_jaxpr(training, return_shape=True)(*args)
-    y, vjp, _ = shapes
-    leaves, structure = jax.tree.flatten(vjp)
-    # A variable's name is the number of its first place: the order of arguments, on which
-    # the compiled program depends a little, is then the same in each run.
-    invars, outvars = jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars
-    places = [id(variable) for variable in (*invars, *outvars)]
-    inputs = range(len(invars))
-    results = [places.index(id(variable)) for variable in outvars]
-    # The output comes first, then what is kept.
-    kept = results[1 : 1 + len(leaves)]
-
-    def without_inputs(values):
-        """An argument that is kept is not written once more."""
-        values = zip(results, values, strict=True)
-        return {name: value for name, value in values if name not in inputs}
-
-    def forward(*args):
-        evaluate = jax.extend.core.jaxpr_as_fun(jaxpr)
-        return without_inputs(evaluate(*jax.tree.leaves(args)))
-
-    def backward(args, made, dy):
-        known = dict(zip(inputs, jax.tree.leaves(args), strict=True)) | made
-        return jax.tree.unflatten(structure, [known[name] for name in kept])(dy)
-
-    sizes = dict(zip(kept, map(count_bytes, leaves), strict=True))
-    return Passes(
-        (layer.apply, *args),
-        (forward, *args),
-        (backward, args, without_inputs(jax.tree.leaves(shapes)), y),
-        sum(nbytes for name, nbytes in sizes.items() if name not in inputs[:-1]),
-    )
 
 
 def libraries(cell: speed.Cell) -> dict[str, Functional]:

@@ -6,12 +6,14 @@ layer in this layout, is left out.
 """
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.extend
 import jax.numpy as jnp
 
 from tests.helpers import Norm, clone
@@ -34,6 +36,61 @@ class Functional(NamedTuple):
             lambda x, params: self.apply(params, state, x), x, params, has_aux=True
         )
         return y, *backward(dy), new
+
+
+def count_bytes(array: Any) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize
+
+
+class Passes(NamedTuple):
+    """Functions, each with the arguments that it takes, and the bytes that are kept for the
+    backward pass, without the parameters."""
+
+    inference: tuple[Any, ...]
+    forward: tuple[Any, ...]
+    backward: tuple[Any, ...]
+    kept: int
+
+
+def passes(layer: Functional, x: Any) -> Passes:
+    def training(params, state, x):
+        return jax.vjp(
+            lambda x, params: layer.apply(params, state, x), x, params, has_aux=True
+        )
+
+    args = (layer.params, layer.state, x)
+    jaxpr, shapes = jax.make_jaxpr(training, return_shape=True)(*args)
+    y, vjp, _ = shapes
+    leaves, structure = jax.tree.flatten(vjp)
+    # A variable's name is the number of its first place: the order of arguments, on which
+    # the compiled program depends a little, is then the same in each run.
+    invars, outvars = jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars
+    places = [id(variable) for variable in (*invars, *outvars)]
+    inputs = range(len(invars))
+    results = [places.index(id(variable)) for variable in outvars]
+    # The output comes first, then what is kept.
+    kept = results[1 : 1 + len(leaves)]
+
+    def without_inputs(values):
+        """An argument that is kept is not written once more."""
+        values = zip(results, values, strict=True)
+        return {name: value for name, value in values if name not in inputs}
+
+    def forward(*args):
+        evaluate = jax.extend.core.jaxpr_as_fun(jaxpr)
+        return without_inputs(evaluate(*jax.tree.leaves(args)))
+
+    def backward(args, made, dy):
+        known = dict(zip(inputs, jax.tree.leaves(args), strict=True)) | made
+        return jax.tree.unflatten(structure, [known[name] for name in kept])(dy)
+
+    sizes = dict(zip(kept, map(count_bytes, leaves), strict=True))
+    return Passes(
+        (layer.apply, *args),
+        (forward, *args),
+        (backward, args, without_inputs(jax.tree.leaves(shapes)), y),
+        sum(nbytes for name, nbytes in sizes.items() if name not in inputs[:-1]),
+    )
 
 
 def _functional(apply: Callable[..., Any], params: Any, state: Any) -> Functional:
