@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
 
-FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+FORMULA = re.compile(r'(<(span|div) class="arithmatex">)\\[(\[](.*?)\\[)\]]', re.DOTALL)
 
 
 def on_files(files: Files, config) -> None:
@@ -30,9 +30,9 @@ def on_files(files: Files, config) -> None:
 
 def on_page_content(content: str, **_) -> str:
     def render(match: re.Match) -> str:
-        display = "block" if match[1] == "div" else "inline"
-        formula = convert(html.unescape(match[2]), display=display)
+        display = "block" if match[2] == "div" else "inline"
+        formula = convert(html.unescape(match[3]), display=display)
         # A bar is a fence here, and no relation, which would have room around it.
-        return formula.replace(">&#x0007C;<", ' lspace="0" rspace="0">|<')
+        return match[1] + formula.replace(">&#x0007C;<", ' lspace="0" rspace="0">|<')
 
     return FORMULA.sub(render, content)
