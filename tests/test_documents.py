@@ -1,4 +1,5 @@
-"""Every Python block of the README and the docstrings runs as its reader would run it."""
+"""Every Python block of the README, the pages and the docstrings runs as its reader would
+run it, and the reference has every public name."""
 
 import contextlib
 import inspect
@@ -30,18 +31,30 @@ def blocks(text: str) -> list[str]:
     return [textwrap.dedent(code) for _, code in found]
 
 
-@pytest.mark.parametrize("name", ["README.md"])
-def test_blocks_run(name):
-    found = blocks((ROOT / name).read_text())
-    assert len(found) >= 4
-    namespace = {}
+def run(block: str, name: str, namespace: dict[str, object]) -> None:
+    for package in ("flax", "torch"):
+        if re.search(rf"^(import|from) {package}", block, re.M):
+            pytest.importorskip(package)
     with readers_settings():
-        for block in found:
-            exec(compile(block, name, "exec"), namespace)
-    # The training loop of the README has learned a sum of four numbers.
-    prediction, x = namespace["prediction"], namespace["x"]
-    assert x.shape == (64, 4)
-    assert abs(prediction[0] - x[0].sum()) < 1
+        exec(compile(block, name, "exec"), namespace)
+
+
+PAGES = ["README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_blocks_run(name):
+    text = (ROOT / name).read_text()
+    found = blocks(text)
+    assert len(found) == text.count("```python")
+    namespace = {}
+    for block in found:
+        run(block, name, namespace)
+    if name == "README.md":
+        # The training loop has learned a sum of four numbers.
+        prediction, x = namespace["prediction"], namespace["x"]
+        assert x.shape == (64, 4)
+        assert abs(prediction[0] - x[0].sum()) < 1
 
 
 PUBLIC = {
@@ -59,13 +72,9 @@ def examples():
 
 @pytest.mark.parametrize("block", list(examples()))
 def test_examples_run(block):
-    for package in ("flax", "torch"):
-        if re.search(rf"^(import|from) {package}", block, re.M):
-            pytest.importorskip(package)
     namespace = {"en": en, "eqx": eqx, "jax": jax, "jnp": jnp, "P": P}
     namespace["mesh"] = jax.make_mesh((8,), ("devices",))
-    with readers_settings():
-        exec(compile(block, "docstring", "exec"), namespace)
+    run(block, "docstring", namespace)
 
 
 def test_everything_public_is_documented():
@@ -75,3 +84,16 @@ def test_everything_public_is_documented():
     for name in (*layers, *vars(en.convert)):
         if name in PUBLIC and name != "to_torch_state_dict":
             assert blocks(inspect.getdoc(PUBLIC[name]) or ""), name
+
+
+def test_the_reference_has_every_public_name_once():
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    listed = [
+        name
+        for page in pages
+        for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)
+    ]
+    assert sorted(listed) == sorted(
+        f"eqx_norms.{name}" if hasattr(en, name) else f"eqx_norms.convert.{name}"
+        for name in PUBLIC
+    )
