@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array
 
 from ._types import Shape
@@ -31,3 +33,13 @@ def to_feature_order(array: Array, feature_axes: Sequence[int]) -> Array:
 def to_rank(array: Array, ndim: int) -> Array:
     """Axes of size one in front, for an array that broadcasts to this rank."""
     return jnp.expand_dims(array, tuple(range(ndim - array.ndim)))
+
+
+def a_few(x: Array, axes: Sequence[int]) -> Array:
+    """Of the positions along these axes up to eight, neighbours along the last axis of `x`:
+    from the start of axis 0, and from the middle of any other."""
+    for axis in axes:
+        size = jax.core.min_dim(x.shape[axis], 8 if 0 < axis == x.ndim - 1 else 1)
+        start = x.shape[axis] // 2 - size // 2 if axis > 0 else 0
+        x = lax.slice_in_dim(x, start, start + size, axis=axis)
+    return x

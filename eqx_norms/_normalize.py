@@ -45,19 +45,20 @@ def _deviation(
     whose result would not be finite. There `x` counts as zero."""
     x, spread = inputs.x.astype(settings.wide(inputs.x)), settings.reduction.spread
     own = jax.tree.map(inputs.members.own, rows)
-    v, limits = own.var + settings.epsilon, jnp.finfo(own.var.dtype)
+    # Given moments may be of another width than what is computed in.
+    v = own.var.astype(real_dtype(x.dtype)) + settings.epsilon
+    mean = jnp.zeros_like(v) if own.mean is None else cast(own.mean, x.dtype)
+    limits = jnp.finfo(v.dtype)
     if settings.epsilon > limits.tiny:
         inv = jax.lax.rsqrt(v)
     else:
         # A variance that the rounding of the mean can explain counts as zero.
-        rounding = 0 if own.mean is None else 3 * float(limits.eps) * jnp.abs(own.mean)
-        varies = v > limits.tiny + rounding**2
+        varies = v > limits.tiny + (3 * float(limits.eps) * jnp.abs(mean)) ** 2
         inv = jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, v, 1)), 0)
     if own.number is not None:
         inv = jnp.where(own.number > 0, inv, 0)
-    inv = spread(inv, x).astype(x.dtype)
-    mean = jnp.zeros_like(inv) if own.mean is None else spread(own.mean, x)
-    d = x if own.mean is None else x - mean
+    inv, mean = (spread(array.astype(x.dtype), x) for array in (inv, mean))
+    d = x - mean
     if inputs.mask is None:
         return d, inv, None
     valid = inputs.mask | jnp.isfinite(d * inv)
@@ -113,7 +114,7 @@ def _tangent(
         *a, e = means(settings, kept, rows.number, *values)
         drows = Moments(a[0] if a else None, 2 * e, drows.number)
     a, e2 = (
-        0 if t is None else reduction.spread(kept.members.own(t), d).astype(wide)
+        0 if t is None else cast(reduction.spread(kept.members.own(t), d), wide)
         for t in (drows.mean, drows.var)
     )
     b = e2 / 2 * inv
@@ -130,7 +131,7 @@ def _tangent(
 
 def _rule(settings, primals, tangents):
     (inputs,), (tangents,) = primals, tangents
-    y, rows = _standardize(settings, inputs)
+    y, rows = _standardize(settings._replace(kept=True), inputs)
     dx = None if isinstance(tangents.x, SymbolicZero) else tangents.x
     # A scalar stands for a tangent that is zero: it takes no memory.
     tangents = jax.tree.map(
@@ -173,7 +174,7 @@ def normalize(settings: Settings, inputs: Inputs) -> tuple[Array, Moments]:
     to `x`. All of it is one `jax.jit`: a call outside of any other is one dispatch, and
     layers that are alike are traced once.
     """
-    x, axes, wide = inputs.x, settings.feature_axes, settings.wide(inputs.x)
+    x, axes = inputs.x, settings.feature_axes
 
     def lay_out(array):
         if array.shape == feature_shape(x.shape, axes):
@@ -183,7 +184,4 @@ def normalize(settings: Settings, inputs: Inputs) -> tuple[Array, Moments]:
     mask = None if inputs.mask is None else to_rank(inputs.mask, x.ndim)
     scale, bias = jax.tree.map(lay_out, (inputs.scale, inputs.bias))
     given = jax.tree.map(lambda a: to_input_order(a, axes), inputs.moments)
-    if given is not None:
-        # They may be of another width than what is computed in.
-        given = Moments(cast(given.mean, wide), cast(given.var, real_dtype(wide)))
     return _standardize(settings, Inputs(x, mask, scale, bias, given, inputs.members))

@@ -11,13 +11,15 @@ The difference multiplies the rounding error of the variance by about
 variance", The American Statistician 37, 1983). The shift is one of two:
 
 - The mean, rounded. This reads `x` twice.
-- One position. This reads `x` once. One of n positions is at most sqrt(n) deviations away
-  from their mean, and one or two as a rule. It is the first one along axis 0 or a vmapped
-  axis, where the examples are (a slice there stays on the first device), and in the middle
-  of any other axis, at whose ends padding and first tokens are often outliers.
+- A few positions: one, or the mean of eight neighbours along the last axis. This reads `x`
+  once. One of n positions is at most sqrt(n) deviations away from their mean, and one or
+  two as a rule. They are the first ones along axis 0 or a vmapped axis, where the examples
+  are (a slice there stays on the first device), and in the middle of any other axis, at
+  whose ends padding and first tokens are often outliers. There are eight since along the
+  last axis there are often features, one of which may be an outlier in all examples.
 
-A statistic over the last axis alone is about the mean, and E[d] is taken for zero: then
-compilers keep a row in the kernel, and read it once.
+Without a backward pass, a statistic over the last axis alone is about the mean, and E[d] is
+taken for zero: then a GPU's kernel reads a row once, and has the result too.
 """
 
 import math
@@ -28,6 +30,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from ._axes import a_few
 from ._collectives import ALONE, Members
 from ._dtypes import promote, real_dtype
 from ._sharding import is_sharded, unshard
@@ -81,12 +84,6 @@ class Reduction(NamedTuple):
         """Whether it is over the last axis of `x` alone."""
         return self.axes == (x.ndim - 1,) and self.groups is None
 
-    def position(self, x: Array) -> Array:
-        """One position along the axes: of size 1 there, all of `x` along others."""
-        starts = [n // 2 if a > 0 and a in self.axes else 0 for a, n in enumerate(x.shape)]
-        limits = [s + 1 if a in self.axes else x.shape[a] for a, s in enumerate(starts)]
-        return lax.slice(x, starts, limits)
-
 
 class Moments(NamedTuple):
     """Mean and variance, of a statistic's shape. With groups of members they have a leading
@@ -111,6 +108,8 @@ class Settings(NamedTuple):
     scale_offset: float = 0.0
     subtract_mean: bool = True
     use_fast_variance: bool = True
+    # Whether the moments are kept, for a backward pass.
+    kept: bool = False
 
     def wide(self, x: Array) -> np.dtype:
         """What to compute in, for a result of `dtype`."""
@@ -165,17 +164,17 @@ def moments(settings: Settings, inputs: Inputs) -> Moments:
     if mask is None and x.size == 0:
         mask = jnp.zeros(x.shape, bool)
     wide = x.astype(settings.wide(x))
-    # On a GPU, XLA fuses reductions of a row into one kernel where each needs the result of
-    # the last one, but not two of them side by side.
-    one_by_one = reduction.over_rows(x) and not members.mesh_names
+    # On a GPU, XLA makes one kernel of reductions of a row where each needs the result of
+    # the last one and none is itself a result, and reads the row once.
+    one_kernel = reduction.over_rows(x) and not members.mesh_names and not settings.kept
     vmapped = members.indices and members.group is None
     may_slice = (reduction.axes or vmapped) and not is_sharded(x, reduction.axes)
     fast = settings.use_fast_variance and settings.subtract_mean and mask is None
-    if fast and may_slice and not one_by_one:
+    if fast and may_slice and not one_kernel:
         # The slice comes before the cast: else compilers may write all of the cast `x`.
         # Without the barrier a TPU's compiler takes the shift, and the shift as it is laid
         # out against `x`, for two things, and collects each over devices.
-        position, others = members.first(reduction.position(x))
+        position, others = members.first(a_few(x, reduction.axes))
         position, others = position.astype(wide.dtype), inputs._replace(members=others)
         (shift,) = lax.optimization_barrier(means(settings, others, None, position))
     else:
@@ -188,7 +187,7 @@ def moments(settings: Settings, inputs: Inputs) -> Moments:
         if not settings.subtract_mean:
             return Moments(None, shift, number)
     d = counted(mask, wide - reduction.spread(members.own(shift), x))
-    if one_by_one:
+    if one_kernel:
         (var,) = means(settings, inputs, number, abs_square(d))
         return Moments(shift, var, number)
     offset, square = means(settings, inputs, number, d, abs_square(d))
