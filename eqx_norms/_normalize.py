@@ -50,7 +50,7 @@ def _deviation(
         inv = jax.lax.rsqrt(v)
     else:
         # A variance that the rounding of the mean can explain counts as zero.
-        rounding = 0 if own.mean is None else 3 * float(limits.eps) * jnp.abs(own.mean)
+        rounding = 0 if own.mean is None else 8 * float(limits.eps) * jnp.abs(own.mean)
         varies = v > limits.tiny + rounding**2
         inv = jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, v, 1)), 0)
     if own.number is not None:
