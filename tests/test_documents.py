@@ -5,6 +5,7 @@ import inspect
 import pathlib
 import re
 import textwrap
+import tomllib
 
 import equinox as eqx
 import jax
@@ -75,3 +76,17 @@ def test_everything_public_is_documented():
     for name in (*layers, *vars(en.convert)):
         if name in PUBLIC and name != "to_torch_state_dict":
             assert blocks(inspect.getdoc(PUBLIC[name]) or ""), name
+
+
+def test_version_is_the_same_everywhere():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        version = tomllib.load(file)["project"]["version"]
+    assert en.__version__ == version
+    citation = dict(
+        re.findall(r"^([\w-]+): +(.+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    )
+    assert citation["version"] == version
+    released = re.findall(
+        r"^## \[([\d.]+)\] - ([\d-]+)$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    assert released[0] == (version, citation["date-released"])
