@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
+from packaging.version import Version
 
 import eqx_norms as en
 
@@ -78,15 +79,25 @@ def test_everything_public_is_documented():
             assert blocks(inspect.getdoc(PUBLIC[name]) or ""), name
 
 
-def test_version_is_the_same_everywhere():
+def project():
     with (ROOT / "pyproject.toml").open("rb") as file:
-        version = tomllib.load(file)["project"]["version"]
+        return tomllib.load(file)["project"]
+
+
+def test_version_is_the_same_everywhere():
+    version = project()["version"]
     assert en.__version__ == version
-    citation = dict(
-        re.findall(r"^([\w-]+): +(.+)$", (ROOT / "CITATION.cff").read_text(), re.M)
-    )
+    text = (ROOT / "CITATION.cff").read_text()
+    citation = dict(re.findall(r"^([\w-]+): +(.+)$", text, re.M))
     assert citation["version"] == version
-    released = re.findall(
-        r"^## \[([\d.]+)\] - ([\d-]+)$", (ROOT / "CHANGELOG.md").read_text(), re.M
-    )
+    text = (ROOT / "CHANGELOG.md").read_text()
+    released = re.findall(r"^## \[([\d.]+)\] - ([\d-]+)$", text, re.M)
     assert released[0] == (version, citation["date-released"])
+
+
+def test_the_oldest_versions_are_tested():
+    text = (ROOT / ".ci" / "minimum.txt").read_text()
+    oldest = dict(re.findall(r"^([\w-]+)==(.+)$", text, re.M))
+    for requirement in project()["dependencies"]:
+        name, bound = requirement.split(">=")
+        assert Version(oldest[name]) == Version(bound), name
