@@ -53,7 +53,7 @@ def _deviation(
         inv = jax.lax.rsqrt(v)
     else:
         # A variance that the rounding of the mean can explain counts as zero.
-        varies = v > limits.tiny + (3 * float(limits.eps) * jnp.abs(mean)) ** 2
+        varies = v > limits.tiny + (8 * float(limits.eps) * jnp.abs(mean)) ** 2
         inv = jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, v, 1)), 0)
     if own.number is not None:
         inv = jnp.where(own.number > 0, inv, 0)

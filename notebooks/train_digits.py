@@ -36,11 +36,11 @@ import eqx_norms as en
 
 # Each with how it is drawn: a colour is a norm, a dashed line its default.
 NORMS = {
-    "none": "C7-",
-    "batch": "C0-",
-    "batch-default": "C0--",
-    "layer": "C1-",
-    "rms": "C2-",
+    "none": "k-",
+    "batch": "C4-",
+    "batch-default": "C4--",
+    "layer": "C3-",
+    "rms": "C9-",
 }
 CHANNELS = (1, 16, 16, 32, 32, 32)
 TRAIN_SIZE = 1440  # of 1797; the others are for the test

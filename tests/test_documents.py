@@ -6,12 +6,14 @@ import inspect
 import pathlib
 import re
 import textwrap
+import tomllib
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
+from packaging.version import Version
 
 import eqx_norms as en
 
@@ -97,3 +99,27 @@ def test_the_reference_has_every_public_name_once():
         f"eqx_norms.{name}" if hasattr(en, name) else f"eqx_norms.convert.{name}"
         for name in PUBLIC
     )
+
+
+def project():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        return tomllib.load(file)["project"]
+
+
+def test_version_is_the_same_everywhere():
+    version = project()["version"]
+    assert en.__version__ == version
+    text = (ROOT / "CITATION.cff").read_text()
+    citation = dict(re.findall(r"^([\w-]+): +(.+)$", text, re.M))
+    assert citation["version"] == version
+    text = (ROOT / "CHANGELOG.md").read_text()
+    released = re.findall(r"^## \[([\d.]+)\] - ([\d-]+)$", text, re.M)
+    assert released[0] == (version, citation["date-released"])
+
+
+def test_the_oldest_versions_are_tested():
+    text = (ROOT / ".ci" / "minimum.txt").read_text()
+    oldest = dict(re.findall(r"^([\w-]+)==(.+)$", text, re.M))
+    for requirement in project()["dependencies"]:
+        name, bound = requirement.split(">=")
+        assert Version(oldest[name]) == Version(bound), name

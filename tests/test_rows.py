@@ -30,10 +30,11 @@ def test_constant_rows_of_half_precision(case, dtype):
 
 
 @row_layers
-def test_constant_rows_without_epsilon(case):
+@pytest.mark.parametrize("number", [512, 1000])
+def test_constant_rows_without_epsilon(case, number):
     """Zero to the bit, if the mean is subtracted, however it is rounded."""
-    layer, _ = case.build(1000, epsilon=0.0, use_scale=False)
-    x = jnp.repeat(jnp.asarray([0.1, 1.3, -77.7, 1e5 / 3, 1e-10])[:, None], 1000, 1)
+    layer, _ = case.build(number, epsilon=0.0, use_scale=False)
+    x = jnp.repeat(jnp.asarray([0.1, 1.3, -77.7, 1e5 / 3, 1e-10])[:, None], number, 1)
     y = jax.jit(lambda x: layer(x))(x)
     np.testing.assert_allclose(y, 0 if case.center else np.sign(x), rtol=1e-6)
 
