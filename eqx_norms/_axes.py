@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import min_dim
 from jaxtyping import Array
 
 from ._types import Shape
@@ -22,12 +22,12 @@ def feature_shape(shape: Shape, feature_axes: Sequence[int]) -> Shape:
 def to_input_order(array: Array, feature_axes: Sequence[int]) -> Array:
     """From the feature shape, whose axes are in the order of `feature_axes`, to the same
     axes in the order that they have in the input."""
-    return jnp.transpose(array, np.argsort(feature_axes))
+    return jnp.transpose(array, np.argsort(feature_axes).tolist())
 
 
 def to_feature_order(array: Array, feature_axes: Sequence[int]) -> Array:
     """The inverse of `to_input_order`."""
-    return jnp.transpose(array, np.argsort(np.argsort(feature_axes)))
+    return jnp.transpose(array, np.argsort(np.argsort(feature_axes)).tolist())
 
 
 def to_rank(array: Array, ndim: int) -> Array:
@@ -39,7 +39,7 @@ def a_few(x: Array, axes: Sequence[int]) -> Array:
     """Of the positions along these axes up to eight, neighbours along the last axis of `x`:
     from the start of axis 0, and from the middle of any other."""
     for axis in axes:
-        size = jax.core.min_dim(x.shape[axis], 8 if 0 < axis == x.ndim - 1 else 1)
+        size = min_dim(x.shape[axis], 8 if 0 < axis == x.ndim - 1 else 1)
         start = x.shape[axis] // 2 - size // 2 if axis > 0 else 0
         x = lax.slice_in_dim(x, start, start + size, axis=axis)
     return x

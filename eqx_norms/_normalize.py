@@ -112,9 +112,10 @@ def _tangent(
         t = counted(kept.mask, dx)
         values = (t,) * settings.subtract_mean + (real_product(d, t),)
         both = means(settings, kept, rows.number, *values)
-        # Else XLA makes one kernel for a GPU of sums over rows and the gradient of `x`, which
-        # leaves out scale and bias: a LayerNorm of which it did so took 1.13 times as long to
-        # train on an H200 as one in a `vmap`, of which it did not (jax 0.11.2).
+        # Without the barrier XLA makes one kernel for a GPU of sums over rows and the
+        # gradient of `x`, which leaves out those of scale and bias. A LayerNorm of which it
+        # did so took 1.13 times as long to train on an H200 as one in a `vmap`, of which it
+        # did not.
         *a, e = jax.lax.optimization_barrier(both) if reduction.over_rows(d) else both
         drows = Moments(a[0] if a else None, 2 * e, drows.number)
     a, e2 = (
