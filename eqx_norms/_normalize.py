@@ -161,10 +161,12 @@ def _rule(settings, primals, tangents):
             return jax.lax.platform_dependent(*args, cpu=apart, default=tangent)
         return tangent(*args)
 
-    # The default, `prevent_cse=True`, stops XLA from keeping what it computed forward in
-    # the place of `x`. (Without, a step of unrolled blocks compiled for a TPU v5e is
-    # estimated 3 to 9 percent faster, and LayerNorm in bfloat16 on an H200 reads and writes
-    # 8 percent more.)
+    # The default, `prevent_cse=True`, has XLA compute anew what it computed forward. Without,
+    # it may keep that in the place of `x`: a step of three unrolled blocks with RMSNorm,
+    # compiled for an H200, takes 9 percent more memory, and is no faster on one (with either
+    # norm unrolled 1.01 times as long, scanned as long). On a CPU it makes no difference in
+    # the median. A TPU v5e pays for the default: unrolled blocks are estimated 4 to 6 percent
+    # faster without, scanned ones 1 to 2. (`tests/benchmarks/blocks.py`, `compiled.py`)
     return (y, rows), jax.checkpoint(linear)(kept, rows, dx, tangents)
 
 

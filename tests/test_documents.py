@@ -51,12 +51,13 @@ def test_blocks_run(name):
     assert len(found) == text.count("```python")
     namespace = {}
     for block in found:
+        if name == "README.md":  # There each block stands by itself.
+            namespace = {}
         run(block, name, namespace)
-    if name == "README.md":
-        # The training loop has learned a sum of four numbers.
-        prediction, x = namespace["prediction"], namespace["x"]
-        assert x.shape == (64, 4)
-        assert abs(prediction[0] - x[0].sum()) < 1
+        if "prediction" in namespace:
+            # The training loop has learned a sum of four numbers.
+            prediction, x = namespace["prediction"], namespace["x"]
+            assert abs(prediction[0] - x[0].sum()) < 0.5
 
 
 PUBLIC = {
