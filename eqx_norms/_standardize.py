@@ -66,7 +66,7 @@ def standardize(
         whose variance is no more than rounding can explain comes out as zero, plus bias.
     - `subtract_mean`: whether to subtract the mean. If `False`, the variance is the mean
         square: a root mean square norm.
-    - `use_fast_variance`: whether the variance may be taken about one position in
+    - `use_fast_variance`: whether the variance may be taken about a few positions in
         place of the mean, which reads `x` once less; see [`eqx_norms.LayerNorm`][].
     - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap` or
         `jax.shard_map`: mean and variance are taken over these too.

@@ -6,12 +6,13 @@ import importlib.util
 import io
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from .benchmarks import __main__ as command
-from .benchmarks import size, speed
+from .benchmarks import blocks, compiled, size, speed
 from .benchmarks.rivals import LAYOUTS
 from .helpers import reference
 
@@ -241,3 +242,38 @@ def test_unknown_layer(capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main(["--layers", "LayerNorm,Unknown"])
     assert "'Unknown'" in capsys.readouterr().err
+
+
+def test_some_parts_and_libraries():
+    out = io.StringIO()
+    argv = ["--quick", "--rounds", "2", "--layers", "RMSNorm", "--first-shape"]
+    with contextlib.redirect_stdout(out):
+        results = command.main([*argv, "--parts", "speed", "--libraries", "flax"])
+    for record in results["speed"]:
+        assert set(record["libraries"]) == {"eqx_norms", "vmap", "flax"}
+    assert not results["memory"]
+    assert not results["size"]
+    assert "Memory of the backward pass" not in out.getvalue()
+
+
+def test_forward_and_backward_as_two_programs(monkeypatch):
+    """As on an accelerator. What the two return is what one program returns."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    cell = next(speed.cells(["LayerNorm"], quick=True))
+    made = speed.runners(cell, mean=1.0, libraries=["equinox"])
+    for library in ("eqx_norms", "vmap", "equinox"):
+        _, *wanted = jax.tree.leaves(made[library]["both"](1))
+        given = jax.tree.leaves(made[library]["apart"](2))
+        assert len(given) == 3
+        for one, other in zip(given, wanted, strict=False):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+
+
+def test_blocks(monkeypatch):
+    for name in ("WIDTH", "HIDDEN"):
+        monkeypatch.setattr(compiled, name, 16)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        records = blocks.main(["--layers", "RMSNorm", "--tokens", "8", "--rounds", "2"])
+    norms = ["eqx_norms", "flax", "equinox", "no norm", "prevent_cse=False"]
+    assert [r["norm"] for r in records] == 2 * norms
+    assert "3 blocks, 8 tokens of 16 features" in out.getvalue()
