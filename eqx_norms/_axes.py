@@ -36,10 +36,13 @@ def to_rank(array: Array, ndim: int) -> Array:
 
 
 def a_few(x: Array, axes: Sequence[int]) -> Array:
-    """Of the positions along these axes up to eight, neighbours along the last axis of `x`:
-    from the start of axis 0, and from the middle of any other."""
+    """Slices `x` to a few positions: of axis 0 the first one, of any other of these axes
+    the middle one, and of the last axis up to eight from there on."""
     for axis in axes:
-        size = min_dim(x.shape[axis], 8 if 0 < axis == x.ndim - 1 else 1)
-        start = x.shape[axis] // 2 - size // 2 if axis > 0 else 0
+        n = x.shape[axis]
+        start = n // 2 if axis > 0 else 0
+        # Not four on each side of the middle: where the axis is split over devices, one may
+        # end there, and XLA would send nearly all of it.
+        size = min_dim(n - start, 8) if 0 < axis == x.ndim - 1 else 1
         x = lax.slice_in_dim(x, start, start + size, axis=axis)
     return x

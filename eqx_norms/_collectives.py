@@ -68,8 +68,8 @@ class Members(eqx.Module):
         )
 
     def first(self, value: Array) -> "tuple[Array, Members]":
-        """The value of the first member on this device, and the members that are left: one
-        on each device. With groups, the value and the members as they are."""
+        """Returns the value of the first vmapped member on this device, and the members to
+        sum it over: one on each device. With groups, the value and all members."""
         if self.group is not None:
             return value, self
         for index in self.indices:

@@ -76,14 +76,16 @@ class LayerNorm(AbstractExampleNorm):
             or `jax.shard_map`: mean and variance are taken over these too.
         - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of
             equal size and together all of them: each group has statistics of its own.
-        - `use_fast_variance`: whether the variance may be taken about a few positions of
-            `x` in place of the mean, which reads `x` once less: about one in the first
-            example and the middle of other reduced axes, or eight along the last axis.
-            With a `mask` it is always taken about the mean, and so it is over the last axis
-            alone without a derivative. Either way float32 data of mean $m$ and deviation 1
-            comes out within $3 \\cdot 10^{-7} m + 2 \\cdot 10^{-5}$; the data itself is
-            rounded to $6 \\cdot 10^{-8} m$. (Unless these positions are outliers: where
-            their mean is $k$ deviations away, the variance loses about $k^2$ roundings.)
+        - `use_fast_variance`: whether to compute the variance about a few positions of `x`,
+            which saves a reading of `x`, in place of the mean. They are in the first
+            example and the middle of other reduced axes: one, or eight if the last axis is
+            reduced. It is the mean all the same with a `mask`; if the type of `x` says that
+            a reduced axis is split over devices; and for statistics over the last axis
+            alone, unless they are differentiated or a mesh axis is in `axis_name`. Float32
+            data of mean $m$ and deviation 1 comes out within
+            $3 \\cdot 10^{-7} m + 2 \\cdot 10^{-5}$; the data itself is rounded to
+            $6 \\cdot 10^{-8} m$. If the mean of the few is $k$ deviations away, this costs
+            the variance about $k^2$ roundings.
         - `scale_offset`: added to the scale, the layer's or that of the call, in the
             precision of the statistics. Without a scale it has no effect.
         - `key`: a `jax.random` key for the initializers, if they need one.

@@ -41,8 +41,9 @@ from ._statistics import Inputs, Moments, Settings, counted, means, moments, rea
 def _deviation(
     settings: Settings, inputs: Inputs, rows: Moments
 ) -> tuple[Array, Array, Array | None]:
-    """`x - mean`, `inv`, and where `x` is valid: not where the mask excludes a position
-    whose result would not be finite. There `x` counts as zero."""
+    """Returns `x - mean`, `inv` and, with a mask, a boolean array that is `False` where the
+    mask excludes a position and the result would not be finite. There `x` is taken for 0.
+    """
     x, spread = inputs.x.astype(settings.wide(inputs.x)), settings.reduction.spread
     own = jax.tree.map(inputs.members.own, rows)
     # Given moments may be of another width than what is computed in.
@@ -66,8 +67,8 @@ def _deviation(
 
 
 def _total(terms: tuple[Array | None, ...], dtype: np.dtype, offset: float = 0.0) -> Any:
-    """The sum of what there is, or `None`. Its shape may exceed that of each term. So the
-    rule adds them up, and the backward pass keeps the terms and not their sum."""
+    """The sum of what there is, or `None`. Terms that broadcast have a larger sum: so the
+    backward pass keeps the terms, and adds them up anew."""
     present = [term.astype(dtype) for term in terms if term is not None]
     total = functools.reduce(operator.add, present) if present else None
     return total if total is None or offset == 0 else total + offset
@@ -76,7 +77,7 @@ def _total(terms: tuple[Array | None, ...], dtype: np.dtype, offset: float = 0.0
 def _is_small(scale: Array | None, inv: Array) -> bool:
     """Whether `inv * scale` has the shape of `inv` or that of `scale`."""
     pairs = [] if scale is None else list(zip(scale.shape, inv.shape, strict=True))
-    # Along all axes where only one of the two is of size 1, it is the same one.
+    # Along each axis where exactly one of the two has size 1, it is the same one.
     return len({n == 1 for n, m in pairs if (n == 1) != (m == 1)}) < 2
 
 
@@ -112,17 +113,17 @@ def _tangent(
         t = counted(kept.mask, dx)
         values = (t,) * settings.subtract_mean + (real_product(d, t),)
         both = means(settings, kept, rows.number, *values)
-        # Without the barrier XLA makes one kernel for a GPU of sums over rows and the
-        # gradient of `x`, which leaves out those of scale and bias. A LayerNorm of which it
-        # did so took 1.13 times as long to train on an H200 as one in a `vmap`, of which it
-        # did not.
+        # Without the barrier XLA fuses the sums over rows with the gradient of `x`, on a
+        # GPU, and needs another kernel, which reads `x` again, for the gradients of scale
+        # and bias. A LayerNorm of which it did so took 1.13 times as long to train on an
+        # H200 as one in a `vmap`, of which it did not.
         *a, e = jax.lax.optimization_barrier(both) if reduction.over_rows(d) else both
         drows = Moments(a[0] if a else None, 2 * e, drows.number)
-    a, e2 = (
+    a, dvar = (
         0 if t is None else cast(reduction.spread(kept.members.own(t), d), wide)
         for t in (drows.mean, drows.var)
     )
-    b = e2 / 2 * inv
+    b = dvar / 2 * inv
 
     dx = 0 if dx is None else counted(valid, dx)
     dscale, dbias = (0 if t is None else t for t in (dscale, dbias))
@@ -136,7 +137,7 @@ def _tangent(
 
 def _rule(settings, primals, tangents):
     (inputs,), (tangents,) = primals, tangents
-    y, rows = _standardize(settings._replace(kept=True), inputs)
+    y, rows = _standardize(settings._replace(differentiated=True), inputs)
     dx = None if isinstance(tangents.x, SymbolicZero) else tangents.x
     # A scalar stands for a tangent that is zero: it takes no memory.
     tangents = jax.tree.map(
@@ -161,12 +162,13 @@ def _rule(settings, primals, tangents):
             return jax.lax.platform_dependent(*args, cpu=apart, default=tangent)
         return tangent(*args)
 
-    # The default, `prevent_cse=True`, has XLA compute anew what it computed forward. Without,
-    # it may keep that in the place of `x`: a step of three unrolled blocks with RMSNorm,
-    # compiled for an H200, takes 9 percent more memory, and is no faster on one (with either
-    # norm unrolled 1.01 times as long, scanned as long). On a CPU it makes no difference in
-    # the median. A TPU v5e pays for the default: unrolled blocks are estimated 4 to 6 percent
-    # faster without, scanned ones 1 to 2. (`tests/benchmarks/blocks.py`, `compiled.py`)
+    # The default, `prevent_cse=True`, has XLA compute anew what it computed forward. If not
+    # told so, it may keep that in the place of `x`. Compiled for an H200, a step of three
+    # unrolled blocks with RMSNorm then takes 9 percent more memory; run on one, with either
+    # norm, it takes 1.01 times as long, and scanned ones as long. On a CPU there is no
+    # difference in the median. A TPU v5e pays for the default: its compiler estimates
+    # unrolled blocks 4 to 6 percent faster without, and scanned ones 1 to 2 percent.
+    # (`tests/benchmarks/blocks.py` and `compiled.py`)
     return (y, rows), jax.checkpoint(linear)(kept, rows, dx, tangents)
 
 

@@ -169,6 +169,8 @@ def _step(
     keep, share = of_old / (of_old + of_new), of_new / (of_old + of_new)
 
     def blend(old, new):
+        # What has no weight may be anything, not a number too.
+        old = jnp.where(keep > 0, old, 0)
         a, b = (jnp.asarray(weight, old.dtype) for weight in (keep, share))
         # A difference that is rounded, not a sum: a million equal batches change nothing.
         return jnp.where(share < 0.5, old + (b * new - b * old), a * old + b * new)

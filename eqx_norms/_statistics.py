@@ -11,15 +11,16 @@ The difference multiplies the rounding error of the variance by about
 variance", The American Statistician 37, 1983). The shift is one of two:
 
 - The mean, rounded. This reads `x` twice.
-- A few positions: one, or the mean of eight neighbours along the last axis. This reads `x`
-  once. One of n positions is at most sqrt(n) deviations away from their mean, and one or
-  two as a rule. They are the first ones along axis 0 or a vmapped axis, where the examples
-  are (a slice there stays on the first device), and in the middle of any other axis, at
-  whose ends padding and first tokens are often outliers. There are eight since along the
-  last axis there are often features, one of which may be an outlier in all examples.
+- The mean of a few positions. This reads `x` once. One of n positions is at most sqrt(n)
+  deviations away from their mean, and one or two as a rule. Along axis 0 and vmapped axes,
+  which hold examples, it is the first one: a slice there stays on the first device. Along
+  any other axis it is the middle one: padding and first tokens, often outliers, are at the
+  ends. Along the last axis it is eight of them: one feature may be an outlier in every
+  example.
 
-Without a backward pass, a statistic over the last axis alone is about the mean, and E[d] is
-taken for zero: then a GPU's kernel reads a row once, and has the result too.
+The variance of rows, which are over the last axis alone, is E|x - mean|^2 where nothing is
+differentiated and no mesh axis is named. Then a GPU reads a row once, in the kernel that
+also writes the result.
 """
 
 import math
@@ -41,9 +42,9 @@ class Reduction(NamedTuple):
     """What a statistic is over: some axes and, with `groups = (axis, number)`, each of
     `number` contiguous blocks of equal length along one more axis.
 
-    A statistic has the axes of the input without `axes`, and `number` entries along that
-    of the blocks. (With axes of size 1 in the place of `axes`, XLA would split it over
-    devices as it splits the input there, and collect it anew at each step.)
+    A statistic has the axes of the input but for `axes`, which are dropped; along the axis
+    of the blocks it has `number` entries. (If `axes` were kept with size 1, XLA would split
+    the statistic over devices as it splits the input there, and gather it at each step.)
     """
 
     axes: tuple[int, ...]
@@ -108,8 +109,8 @@ class Settings(NamedTuple):
     scale_offset: float = 0.0
     subtract_mean: bool = True
     use_fast_variance: bool = True
-    # Whether the moments are kept, for a backward pass.
-    kept: bool = False
+    # Whether it is under differentiation. Then the moments are results too.
+    differentiated: bool = False
 
     def wide(self, x: Array) -> np.dtype:
         """What to compute in, for a result of `dtype`."""
@@ -164,16 +165,18 @@ def moments(settings: Settings, inputs: Inputs) -> Moments:
     if mask is None and x.size == 0:
         mask = jnp.zeros(x.shape, bool)
     wide = x.astype(settings.wide(x))
-    # On a GPU, XLA makes one kernel of reductions of a row where each needs the result of
-    # the last one and none is itself a result, and reads the row once.
-    one_kernel = reduction.over_rows(x) and not members.mesh_names and not settings.kept
+    # XLA makes one GPU kernel of consecutive reductions of a row, which reads the row once,
+    # if each depends on the one before and none is an output of the program.
+    rows = reduction.over_rows(x) and not members.mesh_names
+    one_kernel = rows and not settings.differentiated
+    # Where no axis is reduced or vmapped, there is nothing to take a part of.
     vmapped = members.indices and members.group is None
     may_slice = (reduction.axes or vmapped) and not is_sharded(x, reduction.axes)
     fast = settings.use_fast_variance and settings.subtract_mean and mask is None
     if fast and may_slice and not one_kernel:
         # The slice comes before the cast: else compilers may write all of the cast `x`.
-        # Without the barrier a TPU's compiler takes the shift, and the shift as it is laid
-        # out against `x`, for two things, and collects each over devices.
+        # Without the barrier a TPU's compiler duplicates the shift, as it is and broadcast
+        # to `x`, and runs an all-reduce for each.
         position, others = members.first(a_few(x, reduction.axes))
         position, others = position.astype(wide.dtype), inputs._replace(members=others)
         (shift,) = lax.optimization_barrier(means(settings, others, None, position))
@@ -191,6 +194,8 @@ def moments(settings: Settings, inputs: Inputs) -> Moments:
         (var,) = means(settings, inputs, number, abs_square(d))
         return Moments(shift, var, number)
     offset, square = means(settings, inputs, number, d, abs_square(d))
-    # Squares that overflow are infinite, and the difference would not be a number.
-    var = jnp.where(square < jnp.inf, jnp.maximum(square - abs_square(offset), 0), square)
+    # The difference of square and |offset|^2. XLA would square the sum in `offset` before
+    # it divides, which overflows sooner. Squares that overflow are infinite.
+    root, size = jnp.sqrt(square), jnp.abs(offset)
+    var = jnp.where(square < jnp.inf, jnp.maximum(root - size, 0) * (root + size), square)
     return Moments(shift + offset, var, number)

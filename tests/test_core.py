@@ -370,6 +370,22 @@ def test_accuracy_of_a_batch(case, masked, training, fast):
         assert np.abs(f(x) - wanted).max() <= bound(mean), mean
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["output", "under vjp"])
+@pytest.mark.parametrize(("axes", "deviation"), [(-1, 1e16), ((0, 1), 1e15)])
+def test_large_numbers(axes, deviation, training):
+    """Their squares do not overflow, but that of the sum of their deviations does."""
+    x = deviation * (3 + normal(0, (512, 4096)))
+    x = x.at[0, 2048:2056].set(0).at[256, 2048:2056].set(0)
+    wanted, _, _ = reference(x, axes, epsilon=1e-6)
+
+    @jax.jit
+    def f(x):
+        apply = ft.partial(en.standardize, axes=axes)
+        return jax.vjp(apply, x)[0] if training else apply(x)
+
+    assert np.abs(f(x) - wanted).max() <= 1e-4
+
+
 @pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
 def test_outliers_among_the_features(kind):
     """In a large model one feature may be a thousand deviations away from the others, in

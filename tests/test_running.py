@@ -265,3 +265,15 @@ def test_frozen_needs_no_axis_name():
 def test_nothing_to_freeze(function, model):
     with pytest.raises(ValueError, match=r"no `eqx_norms\.BatchNorm` in this model"):
         function(model)
+
+
+@pytest.mark.parametrize("kwargs", [{"momentum": 0.0}, {"debias": True}], ids=str)
+def test_what_has_no_weight_may_be_nan(kwargs):
+    layer, state = eqx.nn.make_with_state(en.BatchNorm)(3, **kwargs)
+    old = layer.running_stats(state)
+    nan = jax.tree.map(lambda a: a * jnp.nan if a.dtype == jnp.float32 else a, old)
+    x = normal(0, (8, 3))
+    _, state = layer(x, state.set(layer.state_index, nan))
+    stats = layer.running_stats(state)
+    np.testing.assert_allclose(stats.mean, x.mean(0), atol=1e-6)
+    np.testing.assert_allclose(stats.var, x.var(0), atol=1e-6)
