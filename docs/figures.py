@@ -38,9 +38,9 @@ def of_batch_norm(use_fast_variance):
 
 
 FORMS = {
-    "$E[x^2] - E[x]^2$": ("tab:red", about_zero),
-    "about a position": ("tab:orange", of_batch_norm(True)),
-    "about the mean": ("tab:blue", of_batch_norm(False)),
+    "$E[x^2] - E[x]^2$": ("C5", about_zero),
+    "about a position": ("C6", of_batch_norm(True)),
+    "about the mean": ("C8", of_batch_norm(False)),
 }
 
 
