@@ -3,7 +3,7 @@ render without a script."""
 
 import html
 import re
-from pathlib import PurePosixPath
+from pathlib import Path
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
@@ -14,18 +14,20 @@ FORMULA = re.compile(r'(<(span|div) class="arithmatex">)\\[(\[](.*?)\\[)\]]', re
 
 
 def on_files(files: Files, config) -> None:
-    """A page for each notebook, with the outputs that are in it, and a link to it."""
-    for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
-        path = PurePosixPath(file.src_uri)
-        names = {"output_files_dir": f"{path.stem}_files", "unique_key": path.stem}
-        text, resources = MarkdownExporter().from_filename(file.abs_src_path, names)
-        text = re.sub(r"`(\w+)\.ipynb`", r"[`\1.ipynb`](\1.md)", text)
-        text = re.sub(r"`(\w+\.py)`", r"[`\1`](\1)", text)
-        text += f"\n\n[This page as a notebook]({path.name})\n"
-        made = {path.with_suffix(".md"): text}
-        made |= {path.parent / name: data for name, data in resources["outputs"].items()}
+    """What is in the folder of notebooks, and a page for each of them, with its outputs."""
+    for path in (Path(config.config_file_path).parent / "notebooks").iterdir():
+        if path.suffix not in (".ipynb", ".py"):
+            continue
+        made = {path.name: path.read_bytes()}
+        if path.suffix == ".ipynb":
+            names = {"output_files_dir": f"{path.stem}_files", "unique_key": path.stem}
+            text, resources = MarkdownExporter().from_filename(str(path), names)
+            text = re.sub(r"`(\w+)\.ipynb`", r"[`\1.ipynb`](\1.md)", text)
+            text = re.sub(r"`(\w+\.py)`", r"[`\1`](\1)", text)
+            text += f"\n\n[This page as a notebook]({path.name})\n"
+            made |= {f"{path.stem}.md": text, **resources["outputs"]}
         for name, content in made.items():
-            files.append(File.generated(config, str(name), content=content))
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
 
 
 def on_page_content(content: str, **_) -> str:
