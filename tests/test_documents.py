@@ -49,15 +49,18 @@ def test_blocks_run(name):
     text = (ROOT / name).read_text()
     found = blocks(text)
     assert len(found) == text.count("```python")
-    namespace = {}
+    namespace, predictions = {}, []
     for block in found:
         if name == "README.md":  # There each block stands by itself.
             namespace = {}
         run(block, name, namespace)
-        if "prediction" in namespace:
-            # The training loop has learned a sum of four numbers.
-            prediction, x = namespace["prediction"], namespace["x"]
-            assert abs(prediction[0] - x[0].sum()) < 0.5
+        predictions += [namespace] * ("prediction" in namespace)
+    # The training loop of the README has learned a sum of four numbers.
+    assert len(predictions) == (name == "README.md")
+    for namespace in predictions:
+        prediction, x = namespace["prediction"], namespace["x"]
+        assert x.shape == (64, 4)
+        assert abs(prediction[0] - x[0].sum()) < 0.5
 
 
 PUBLIC = {

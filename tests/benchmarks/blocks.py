@@ -11,8 +11,7 @@ it is: then XLA may keep what it computed forward.
 """
 
 import argparse
-import random
-import time
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from unittest import mock
@@ -60,21 +59,6 @@ def steps(
     jax.clear_caches()
 
 
-def measure(
-    made: dict[str, Callable[[], jax.Array]], rounds: int
-) -> dict[str, list[float]]:
-    order, times = list(made), {name: [] for name in made}
-    for name in order:
-        jax.block_until_ready(made[name]())
-    for _ in range(rounds):
-        random.shuffle(order)
-        for name in order:
-            begin = time.perf_counter()
-            jax.block_until_ready(made[name]())
-            times[name].append(time.perf_counter() - begin)
-    return times
-
-
 def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks.blocks",
@@ -96,7 +80,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     for layer, way in track(cells, "blocks"):
         scanned = way == "scanned"
         made = dict(steps(layer, arguments.dtype, arguments.tokens, scanned=scanned))
-        times = measure(made, arguments.rounds)
+        runners = {name: {"step": speed.repeated(f)} for name, f in made.items()}
+        measured = speed.measure(runners, rounds=arguments.rounds, seconds=math.inf)
+        times = {name: passes["step"] for name, passes in measured.items()}
         for name, seconds in times.items():
             ratio = float(np.median(np.divide(seconds, times["eqx_norms"])))
             records.append(

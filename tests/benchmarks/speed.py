@@ -99,7 +99,7 @@ def cells(
                     yield Cell(case, (n, *rest), layout, dtype)
 
 
-def _repeated(f: Callable[[], Any]) -> Runner:
+def repeated(f: Callable[[], Any]) -> Runner:
     def run(calls):
         out = None
         for _ in range(calls):
@@ -110,7 +110,7 @@ def _repeated(f: Callable[[], Any]) -> Runner:
 
 
 def _jax_runner(f: Callable[..., Any], *args: Any) -> Runner:
-    return _repeated(partial(jax.jit(f), *args))
+    return repeated(partial(jax.jit(f), *args))
 
 
 def _jax_runners(layer: Functional, x: jax.Array, dy: jax.Array) -> dict[str, Runner]:
@@ -133,7 +133,7 @@ def _jax_runners(layer: Functional, x: jax.Array, dy: jax.Array) -> dict[str, Ru
         found = passes(layer, x)
         first, second = jax.jit(found.forward[0]), jax.jit(found.backward[0])
         args = found.forward[1:]
-        made["apart"] = _repeated(lambda: second(args, first(*args), dy))
+        made["apart"] = repeated(lambda: second(args, first(*args), dy))
     return made
 
 
