@@ -13,7 +13,7 @@ Its derivative `dy`, for tangents `dx`, `dscale`, `dbias` and the moments of `x`
 For complex `x` it is `e = E[Re(conj(x - mean) dx)]`. Where the moments are given, as in
 evaluation, `a` and `e` are `dmean` and `dvar / 2`.
 
-Where `f = inv * scale` has the shape of `inv` or that of `scale`, it is formed first:
+Where `f = inv * scale` has the shape of `inv`, it is formed first:
 
     y = (x - mean) * f + bias,    dy = dx * f + z * (dscale - b * f) + (dbias - a * f).
 
@@ -75,10 +75,10 @@ def _total(terms: tuple[Array | None, ...], dtype: np.dtype, offset: float = 0.0
 
 
 def _is_small(scale: Array | None, inv: Array) -> bool:
-    """Whether `inv * scale` has the shape of `inv` or that of `scale`."""
-    pairs = [] if scale is None else list(zip(scale.shape, inv.shape, strict=True))
-    # Along each axis where exactly one of the two has size 1, it is the same one.
-    return len({n == 1 for n, m in pairs if (n == 1) != (m == 1)}) < 2
+    """Whether `inv * scale` has the shape of `inv`."""
+    return scale is None or all(
+        n in (1, m) for n, m in zip(scale.shape, inv.shape, strict=True)
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
