@@ -24,9 +24,22 @@ AS_FOR_USERS = {
 }
 
 
+def is_as_for_users(item):
+    return item.module.__name__.rpartition(".")[2] in AS_FOR_USERS
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "as_for_users: is compiled as it is for users")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if is_as_for_users(item):
+            item.add_marker("as_for_users")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiles_quickly(request):
-    name = request.module.__name__.rpartition(".")[2]
-    jax.config.update("jax_disable_most_optimizations", name not in AS_FOR_USERS)
+    jax.config.update("jax_disable_most_optimizations", not is_as_for_users(request))
     yield
     jax.config.update("jax_disable_most_optimizations", False)
