@@ -159,7 +159,7 @@ def test_primitives_of_jax_and_no_conditional(case):
 @all_norms
 @pytest.mark.parametrize("vmapped", [False, True], ids=["batch", "vmap"])
 def test_no_product_of_two_small_arrays_is_large(case: Norm, vmapped: bool) -> None:
-    """Where `inv * scale` was formed first, and had the size of `x`, XLA compiled RMSNorm in a
+    """Where `inv * scale` was formed first, with the size of `x`, XLA compiled RMSNorm in a
     `vmap` to three kernels for an H200; now to one."""
     layer, state = case.build(SHAPE[-1], **case.per_example if vmapped else {})
     f = ft.partial(call, layer, state)
