@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.core import min_dim
 from jaxtyping import Array
 
 from ._types import Shape
@@ -33,16 +31,3 @@ def to_feature_order(array: Array, feature_axes: Sequence[int]) -> Array:
 def to_rank(array: Array, ndim: int) -> Array:
     """Axes of size one in front, for an array that broadcasts to this rank."""
     return jnp.expand_dims(array, tuple(range(ndim - array.ndim)))
-
-
-def a_few(x: Array, axes: Sequence[int]) -> Array:
-    """Slices `x` to a few positions: of axis 0 the first one, of any other of these axes
-    the middle one, and of the last axis up to eight from there on."""
-    for axis in axes:
-        n = x.shape[axis]
-        start = n // 2 if axis > 0 else 0
-        # Not four on each side of the middle: where the axis is split over devices, one may
-        # end there, and XLA would send nearly all of it.
-        size = min_dim(n - start, 8) if 0 < axis == x.ndim - 1 else 1
-        x = lax.slice_in_dim(x, start, start + size, axis=axis)
-    return x

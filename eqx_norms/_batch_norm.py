@@ -260,7 +260,9 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         return "axis", self.axis
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
-        return Reduction(other_axes(feature_axes, len(shape)))
+        # An `axis_name` is as a rule that of the examples. Axis 0 is then one of space.
+        example_axis = 0 if self.axis_name is None else None
+        return Reduction(other_axes(feature_axes, len(shape)), example_axis=example_axis)
 
     def running_stats(self, state: State) -> RunningStats:
         """The running statistics that `state` holds for this layer."""

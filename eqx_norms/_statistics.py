@@ -11,12 +11,11 @@ The difference multiplies the rounding error of the variance by about
 variance", The American Statistician 37, 1983). The shift is one of two:
 
 - The mean, rounded. This reads `x` twice.
-- The mean of a few positions. This reads `x` once. One of n positions is at most sqrt(n)
-  deviations away from their mean, and one or two as a rule. Along axis 0 and vmapped axes,
-  which hold examples, it is the first one: a slice there stays on the first device. Along
-  any other axis it is the middle one: padding and first tokens, often outliers, are at the
-  ends. Along the last axis it is eight of them: one feature may be an outlier in every
-  example.
+- The mean of a few entries of `x`. This reads `x` once. One of n entries is at most
+  sqrt(n) deviations away from their mean, and one or two as a rule. Along the axis of the
+  examples it is the first entry: a slice there stays on the first device. Along any other
+  axis it is the middle one: padding and first tokens, often outliers, are at the ends. Along
+  the last axis it is eight entries: one feature may be an outlier in every example.
 
 The variance of rows, which are over the last axis alone, is E|x - mean|^2 where nothing is
 differentiated and no mesh axis is named. Then a GPU reads a row once, in the kernel that
@@ -29,9 +28,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import min_dim
 from jaxtyping import Array
 
-from ._axes import a_few
 from ._collectives import ALONE, Members
 from ._dtypes import promote, real_dtype
 from ._sharding import is_sharded, unshard
@@ -40,7 +39,8 @@ from ._types import Shape, Size
 
 class Reduction(NamedTuple):
     """What a statistic is over: some axes and, with `groups = (axis, number)`, each of
-    `number` contiguous blocks of equal length along one more axis.
+    `number` contiguous blocks of equal length along one more axis. `example_axis` is the
+    axis along which the batch's examples are, if one of `axes` is it.
 
     A statistic has the axes of the input but for `axes`, which are dropped; along the axis
     of the blocks it has `number` entries. (If `axes` were kept with size 1, XLA would split
@@ -49,6 +49,7 @@ class Reduction(NamedTuple):
 
     axes: tuple[int, ...]
     groups: tuple[int, int] | None = None
+    example_axis: int | None = None
 
     def sum(self, x: Array) -> Array:
         if self.groups is None:
@@ -80,6 +81,17 @@ class Reduction(NamedTuple):
             return statistic
         axis, number = self.groups
         return jnp.repeat(statistic, x.shape[axis] // number, axis)
+
+    def a_few(self, x: Array) -> Array:
+        """Slices `x`, along each of `axes`, to the entries whose mean is the shift."""
+        for axis in self.axes:
+            n = x.shape[axis]
+            start = 0 if axis == self.example_axis else n // 2
+            # Not four on each side of the middle: where the axis is split over devices, one
+            # may end there, and XLA would send nearly all of it.
+            size = min_dim(n - start, 8) if axis == x.ndim - 1 else 1
+            x = lax.slice_in_dim(x, start, start + size, axis=axis)
+        return x
 
     def over_rows(self, x: Array) -> bool:
         """Whether it is over the last axis of `x` alone."""
@@ -177,9 +189,9 @@ def moments(settings: Settings, inputs: Inputs) -> Moments:
         # The slice comes before the cast: else compilers may write all of the cast `x`.
         # Without the barrier a TPU's compiler duplicates the shift, as it is and broadcast
         # to `x`, and runs an all-reduce for each.
-        position, others = members.first(a_few(x, reduction.axes))
-        position, others = position.astype(wide.dtype), inputs._replace(members=others)
-        (shift,) = lax.optimization_barrier(means(settings, others, None, position))
+        few, others = members.first(reduction.a_few(x))
+        few, others = few.astype(wide.dtype), inputs._replace(members=others)
+        (shift,) = lax.optimization_barrier(means(settings, others, None, few))
     else:
         # The count is summed in the same collective as the values.
         value = counted(mask, wide if settings.subtract_mean else abs_square(wide))

@@ -44,10 +44,11 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name
 
 
 @ft.cache
-def build(name, num_features, dtype, fast, epsilon=EPSILON):
+def build(name, num_features, dtype, fast, epsilon=EPSILON, **kwargs):
     # Cached, as a new state index means a new compilation.
     (case,) = (case for case in NORMS if case.name == name)
-    return case.build(num_features, dtype=dtype, use_fast_variance=fast, epsilon=epsilon)
+    kwargs.update(dtype=dtype, use_fast_variance=fast, epsilon=epsilon)
+    return case.build(num_features, **kwargs)
 
 
 def run(case, x, mode, **kwargs):
@@ -189,14 +190,24 @@ def test_fast_variance_with_a_shift_far_from_the_mean(case):
 @row_layers
 @modes
 @pytest.mark.parametrize("value", [0.0, 300.0])
-def test_an_outlier_at_the_first_position(case, mode, value):
-    """As padding and first tokens are: no ordinary position is less exact for it."""
+@pytest.mark.parametrize("vmapped", [False, True], ids=["batch", "vmap"])
+def test_an_outlier_at_the_first_position(case, vmapped, value, mode):
+    """As padding and first tokens are: no ordinary position is less exact for it. In
+    training, where statistics over the last axis alone have a shift too."""
     mean = 100.0 if value == 0 else 0.0
     data = mean + np.random.default_rng(1).standard_normal((32, 512)).astype(np.float32)
     x = lay_out(case, data)
     first = at(x, case.reduction_axes(3), lambda axis, n: 0)
     x[first] = value
-    difference = np.abs(run(case, x, mode) - answer(case, x))
+    kwargs = case.per_example if vmapped else {}
+    layer, state = build(case.name, x.shape[-1], x.dtype, MODES[mode], **kwargs)
+    f = ft.partial(call, layer, state)
+    if vmapped:
+        # One example is a vector, where the statistics are over the last axis alone.
+        vector = case.reduction_axes(3) == (2,)
+        f = jax.vmap(jax.vmap(f) if vector else f, axis_name="batch")
+    y = jax.jit(lambda x: jax.vjp(f, x)[0])(x)
+    difference = np.abs(np.asarray(y) - answer(case, x))
     difference[first] = 0
     assert difference.max() <= 3e-7 * mean + 2e-5
 

@@ -412,13 +412,16 @@ def test_large_numbers(axes, deviation, training):
     assert np.abs(f(x) - wanted).max() <= 1e-4
 
 
+@pytest.mark.parametrize("vmapped", [False, True], ids=["batch", "vmap"])
 @pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
-def test_outliers_among_the_features(kind):
+def test_outliers_among_the_features(kind, vmapped):
     """In a large model one feature may be a thousand deviations away from the others, in
     all examples: in training that one may be among those that the shift is made of."""
     (case,) = (case for case in NORMS if case.name == kind)
     layer, state = case.build(1024)
-    f = jax.jit(lambda x: jax.vjp(lambda x: call(layer, state, x), x)[0])
+    norm = ft.partial(call, layer, state)
+    norm = jax.vmap(norm) if vmapped else norm
+    f = jax.jit(lambda x: jax.vjp(norm, x)[0])
     for at in range(0, 1024, 31):
         x = normal(0, (64, 1024)).at[:, at].add(1000.0)
         wanted, _, _ = reference(x, (-1,), **case.formula, epsilon=layer.epsilon)
