@@ -1,11 +1,10 @@
 """Scale and bias, as a constructor creates them."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from ._checks import check_dtype
+from ._checks import check_dtype, split_key
 from ._types import DTypeLike, Initializer, Shape
 
 
@@ -19,7 +18,7 @@ def init_affine(
     layer: str,
 ) -> tuple[Array | None, Array | None]:
     """Scale and bias, each `None` without an initializer."""
-    keys = (None, None) if key is None else jax.random.split(key)
+    keys = (None, None) if key is None else split_key(key, 2, layer=layer)
     dtype = check_dtype(dtype, layer=layer, argument="param_dtype")
     return (
         _init(scale_init, shape, dtype, keys[0], layer=layer, argument="scale_init"),

@@ -125,8 +125,9 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             average over all batches so far. Each call in training is a step of its own:
             where the gradients of `k` calls are accumulated to one step of the optimizer,
             `momentum ** (1 / k)` makes `k` calls forget as much as one did.
-        - `epsilon`: added to the variance. Not negative. With zero, a feature whose
-            variance is no more than rounding can explain comes out as zero, plus bias.
+        - `epsilon`: added to the variance. Not negative. If it is zero, a feature whose
+            variance rounding alone can explain is normalised to zeros, and comes out as its
+            bias.
         - `param_dtype`: of scale and bias. The running statistics are at least float32.
             Complex input needs a complex one, for the running mean.
         - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap`
@@ -159,8 +160,10 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             epsilon=epsilon,
             dtype=dtype,
             param_dtype=param_dtype,
-            scale_init=scale_init if use_scale else None,
-            bias_init=bias_init if use_bias else None,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
             axis_name=axis_name,
             axis_index_groups=axis_index_groups,
             use_fast_variance=use_fast_variance,
@@ -168,10 +171,14 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             key=key,
         )
         self.state_index = init_stats(shape, param_dtype)
-        self.inference = use_running_average
+        self.inference = check_flag(
+            use_running_average, layer=name, argument="use_running_average"
+        )
         self.frozen = False
-        self.use_unbiased_variance = use_unbiased_variance
-        self.debias = debias
+        self.use_unbiased_variance = check_flag(
+            use_unbiased_variance, layer=name, argument="use_unbiased_variance"
+        )
+        self.debias = check_flag(debias, layer=name, argument="debias")
 
     @needs_state
     @jax.named_scope("eqx_norms.BatchNorm")
@@ -194,8 +201,9 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         - `mask`: boolean, broadcastable to `x`. Where it is `False`, `x` does not count for
             mean and variance, whatever it holds. It is normalised all the same; what is not
             finite there counts as zero. Where nothing counts, the bias comes out.
-        - `scale`, `bias`: added to the layer's own, if it has any, for this call. Of the
-            feature shape, or broadcastable to `x`.
+        - `scale`, `bias`: arrays that are added, for this call, to the layer's own scale
+            and bias, or used alone if the layer has none. One of the feature shape is laid
+            along the feature axes; one of another shape is broadcast to `x`.
         - `key`: ignored; every layer of Equinox takes one.
 
         **Returns:**
@@ -236,7 +244,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
                 "larger batch, leave out a last batch of one, or evaluate with "
                 "`equinox.nn.inference_mode`."
             )
-        y, rows = normalize(settings, inputs._replace(members=members))
+        y, batch = normalize(settings, inputs._replace(members=members))
         step = Step(
             feature_axes=settings.feature_axes,
             size=size,
@@ -245,7 +253,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             unbiased=self.use_unbiased_variance,
             debias=self.debias,
         )
-        running = update(step, running, rows)
+        running = update(step, running, batch)
         return y, set_state(state, self.state_index, running)
 
     def _evaluates(self, use_running_average: bool | None) -> bool:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 from ._axes import feature_shape, other_axes
 from ._collectives import Groups, Names
@@ -22,6 +22,15 @@ def as_tuple(values: Axes) -> tuple[int, ...]:
     if isinstance(values, Sequence):
         return tuple(operator.index(value) for value in values)
     return (operator.index(values),)
+
+
+def check_integer(value: int, *, layer: str, argument: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(
+            f"{layer}: `{argument}` must be an integer, got {value!r}."
+        ) from None
 
 
 def check_integers(values: Axes, *, layer: str, argument: str) -> tuple[int, ...]:
@@ -53,7 +62,8 @@ def canonicalize_axes(
         if not -ndim <= axis < ndim:
             raise ValueError(
                 f"{layer}: `{argument}={axes}` has axis {axis}, which is out of range "
-                f"for an input of {ndim} dimensions."
+                f"for an input of {ndim} dimensions. Give an axis that the input has, or "
+                "an input that has the axis."
             )
     canonical = tuple(axis % ndim for axis in axes)
     if len(set(canonical)) != len(canonical):
@@ -96,10 +106,13 @@ def check_num_features(
     if len(shape) != len(feature_axes):
         raise ValueError(
             f"{layer}: `num_features` must have one size for each feature axis, got "
-            f"{num_features} for the axes {feature_axes}."
+            f"{num_features} for the axes {feature_axes}. Give as many sizes as axes."
         )
     if any(size < 1 for size in shape):
-        raise ValueError(f"{layer}: `num_features` must be positive, got {num_features}.")
+        raise ValueError(
+            f"{layer}: `num_features` must be positive, got {num_features}. Give the "
+            "lengths of the feature axes."
+        )
     return shape
 
 
@@ -118,7 +131,8 @@ def check_epsilon(epsilon: float, *, layer: str) -> float:
     epsilon = check_number(epsilon, layer=layer, argument="epsilon")
     if not (math.isfinite(epsilon) and epsilon >= 0):
         raise ValueError(
-            f"{layer}: `epsilon` must be finite and not negative, got {epsilon}."
+            f"{layer}: `epsilon` must be finite and not negative, got {epsilon}. Give "
+            "1e-6, for example."
         )
     return epsilon
 
@@ -126,7 +140,10 @@ def check_epsilon(epsilon: float, *, layer: str) -> float:
 def check_scale_offset(scale_offset: float, *, layer: str) -> float:
     scale_offset = check_number(scale_offset, layer=layer, argument="scale_offset")
     if not math.isfinite(scale_offset):
-        raise ValueError(f"{layer}: `scale_offset` must be finite, got {scale_offset}.")
+        raise ValueError(
+            f"{layer}: `scale_offset` must be finite, got {scale_offset}. Give 1.0 for a "
+            "scale that starts with zeros, 0.0 for any other."
+        )
     return scale_offset
 
 
@@ -143,7 +160,7 @@ def check_momentum(momentum: float | None, *, layer: str) -> float | None:
 
 
 def check_flag(flag: Any, *, layer: str, argument: str) -> bool:
-    """What decides which computation it is. As an array it must at least have a value."""
+    """What decides which computation it is. An array must be a scalar that has a value."""
     if isinstance(flag, Tracer):
         raise ValueError(
             f"{layer}: `{argument}` must be True or False, got a traced array. `jax.jit`, "
@@ -152,6 +169,9 @@ def check_flag(flag: Any, *, layer: str, argument: str) -> bool:
             "array with `eqx.partition(model, eqx.is_array)`, and put it back with "
             "`eqx.combine`."
         )
+    dtype, shape = getattr(flag, "dtype", type(flag)), getattr(flag, "shape", ())
+    if dtype not in (bool, np.bool_) or shape != ():
+        raise ValueError(f"{layer}: `{argument}` must be True or False, got {flag!r}.")
     return bool(flag)
 
 
@@ -166,7 +186,7 @@ def check_dtype(
     if known is None or not jnp.issubdtype(known, jnp.inexact):
         raise ValueError(
             f"{layer}: `{argument}` must be a floating or complex dtype{others}, got "
-            f"{dtype!r}."
+            f"{dtype!r}. Give `jnp.float32`, for example."
         )
     return jax.dtypes.canonicalize_dtype(known)
 
@@ -184,7 +204,7 @@ def check_names(axis_name: AxisName, *, layer: str) -> Names | None:
     if not all(isinstance(name, Hashable) for name in names):
         raise ValueError(
             f"{layer}: `axis_name` must be a name, which can be hashed, or a tuple of "
-            f"names, got {axis_name!r}."
+            f"names, got {axis_name!r}. Give a string."
         )
     if len(set(names)) != len(names):
         raise ValueError(
@@ -223,7 +243,7 @@ def check_mask(mask: Array, *, layer: str):
     if mask.dtype != jnp.bool_:
         raise ValueError(
             f"{layer}: `mask` must be boolean, True where a position counts, got "
-            f"dtype {mask.dtype}."
+            f"dtype {mask.dtype}. Compare it with a number: `mask > 0`, for example."
         )
 
 
@@ -235,8 +255,34 @@ def check_broadcasts(array: Array, x: Array, *, layer: str, argument: str):
     ):
         raise ValueError(
             f"{layer}: `{argument}` of shape {array.shape} does not broadcast to the "
-            f"input's shape {x.shape}."
+            f"input's shape {x.shape}. Give it axes of size 1 where it is to be repeated: "
+            f"`{argument}[:, None]`, for example."
         )
+
+
+def as_array(value: Any, *, layer: str, argument: str) -> Array:
+    received = f"one of type {type(value).__name__}"
+    try:
+        array = jnp.asarray(value)
+        if not jnp.issubdtype(array.dtype, jax.dtypes.extended):
+            return array
+        received = f"one of dtype {array.dtype}"
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"{layer}: `{argument}` must be an array of numbers, got {received}. Give a "
+        "`jax.Array`."
+    )
+
+
+def split_key(key: PRNGKeyArray, number: int, *, layer: str) -> list[PRNGKeyArray]:
+    try:
+        return list(jax.random.split(key, number))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{layer}: `key` must be a single random key, got {key!r}. Make one with "
+            "`jax.random.key(0)`, for example."
+        ) from None
 
 
 def check_inputs(
@@ -251,13 +297,21 @@ def check_inputs(
 ) -> tuple[Inputs, np.dtype]:
     """The arrays of a call, checked, and the dtype of its result. Of the scales and biases
     the first is the layer's own, the second that of the call."""
-    mask, *both = (None if a is None else jnp.asarray(a) for a in (mask, *scale, *bias))
-    scale, bias = (both[0], both[1]), (both[2], both[3])
+
+    def optional(argument: str, *values: Any) -> tuple[Array | None, ...]:
+        return tuple(
+            None if value is None else as_array(value, layer=layer, argument=argument)
+            for value in values
+        )
+
+    (mask,) = optional("mask", mask)
+    scales, biases = optional("scale", *scale), optional("bias", *bias)
     if mask is not None:
         check_mask(mask, layer=layer)
         check_broadcasts(mask, x, layer=layer, argument="mask")
     features = feature_shape(x.shape, feature_axes)
-    for argument, (_, given) in (("scale", scale), ("bias", bias)):
+    for argument, (_, given) in (("scale", scales), ("bias", biases)):
         if given is not None and given.shape != features:
             check_broadcasts(given, x, layer=layer, argument=argument)
-    return Inputs(x, mask, scale, bias), result_dtype(dtype, x, *scale, *bias, layer=layer)
+    dtype = result_dtype(dtype, x, *scales, *biases, layer=layer)
+    return Inputs(x, mask, scales, biases), dtype

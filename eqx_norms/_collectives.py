@@ -89,7 +89,7 @@ class Members(eqx.Module):
         own = self._is_own(value.ndim + 1)
         return jnp.where(own, value[None], jnp.zeros_like(value)[None])
 
-    def own(self, rows: Array) -> Array:
+    def own_row(self, rows: Array) -> Array:
         """The row of this member's group; without groups, what is given. (An index that is
         sharded on an `Explicit` mesh cannot be used to index.)"""
         if self.group is None:

@@ -8,7 +8,7 @@ from jaxtyping import PRNGKeyArray
 from ._checks import (
     canonicalize_axes,
     check_axes,
-    check_integers,
+    check_integer,
     check_num_features,
     example_axes,
 )
@@ -96,6 +96,7 @@ class GroupNorm(AbstractExampleNorm):
         `ValueError` where one of these is not as described.
         """
         name = type(self).__name__
+        feature_axis = check_integer(feature_axis, layer=name, argument="feature_axis")
         (size,) = check_num_features(num_features, (feature_axis,), layer=name)
         if (num_groups is None) == (group_size is None):
             raise ValueError(
@@ -103,10 +104,10 @@ class GroupNorm(AbstractExampleNorm):
                 f"`num_groups={num_groups}` and `group_size={group_size}`."
             )
         if num_groups is not None:
-            (divisor,) = check_integers(num_groups, layer=name, argument="num_groups")
+            divisor = check_integer(num_groups, layer=name, argument="num_groups")
         else:
             assert group_size is not None
-            (divisor,) = check_integers(group_size, layer=name, argument="group_size")
+            divisor = check_integer(group_size, layer=name, argument="group_size")
         if divisor < 1 or size % divisor:
             raise ValueError(
                 f"{name}: `num_features={num_features}` cannot be divided evenly by "
@@ -127,8 +128,10 @@ class GroupNorm(AbstractExampleNorm):
             epsilon=epsilon,
             dtype=dtype,
             param_dtype=param_dtype,
-            scale_init=scale_init if use_scale else None,
-            bias_init=bias_init if use_bias else None,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
             axis_name=axis_name,
             axis_index_groups=axis_index_groups,
             use_fast_variance=use_fast_variance,

@@ -1,20 +1,22 @@
 """What the layers have in common: fields, checks, and the call of all but `BatchNorm`."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, overload
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from equinox.nn import State
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
 from ._affine import init_affine
 from ._axes import feature_shape
 from ._checks import (
+    as_array,
     as_tuple,
     canonicalize_axes,
     check_epsilon,
+    check_flag,
     check_groups,
     check_inputs,
     check_names,
@@ -26,6 +28,7 @@ from ._checks import (
 from ._collectives import Members, bound_members
 from ._dtypes import ResultDType
 from ._normalize import normalize
+from ._state import check_optional_state
 from ._statistics import Inputs, Reduction, Settings
 from ._types import AnyArray, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
 
@@ -74,8 +77,10 @@ class AbstractNorm(eqx.Module):
         epsilon: float,
         dtype: DTypeLike | None,
         param_dtype: DTypeLike,
-        scale_init: Initializer | None,
-        bias_init: Initializer | None,
+        use_bias: bool,
+        use_scale: bool,
+        bias_init: Initializer,
+        scale_init: Initializer,
         axis_name: AxisName,
         axis_index_groups: AxisIndexGroups,
         use_fast_variance: bool,
@@ -85,20 +90,30 @@ class AbstractNorm(eqx.Module):
         """Sets these fields, from within a constructor, and returns the feature shape."""
         name = type(self).__name__
         shape = check_num_features(num_features, feature_axes, layer=name)
+        self.num_features = shape if isinstance(num_features, Sequence) else shape[0]
+        use_bias = check_flag(use_bias, layer=name, argument="use_bias")
+        use_scale = check_flag(use_scale, layer=name, argument="use_scale")
         self.scale, self.bias = init_affine(
-            shape, param_dtype, key, scale_init=scale_init, bias_init=bias_init, layer=name
+            shape,
+            param_dtype,
+            key,
+            scale_init=scale_init if use_scale else None,
+            bias_init=bias_init if use_bias else None,
+            layer=name,
         )
-        self.num_features = num_features
         self.epsilon = check_epsilon(epsilon, layer=name)
         self.dtype = check_result_dtype(dtype, layer=name)
         self.axis_name = check_names(axis_name, layer=name)
         self.axis_index_groups = check_groups(axis_index_groups, self.axis_name, layer=name)
-        self.use_fast_variance = use_fast_variance
+        self.use_fast_variance = check_flag(
+            use_fast_variance, layer=name, argument="use_fast_variance"
+        )
         self.scale_offset = check_scale_offset(scale_offset, layer=name)
         return shape
 
     def _features(self) -> Shape | None:
-        """The feature shape to expect, inside `shard_map` perhaps a part of the whole."""
+        """The feature shape that `x` must have; inside `shard_map`, where scale and bias
+        may be split, that of this device's part. `None` if any will do."""
         for parameter in (self.scale, self.bias):
             if parameter is not None:
                 return parameter.shape
@@ -125,7 +140,7 @@ class AbstractNorm(eqx.Module):
         the feature shape that is required, `None` if any will do."""
         name = type(self).__name__
         argument, axes = self._layout()
-        x = jnp.asarray(x)
+        x = as_array(x, layer=name, argument="x")
         axes = canonicalize_axes(axes, x.ndim, layer=name, argument=argument)
         received = feature_shape(x.shape, axes)
         if features is not None and received != features:
@@ -154,7 +169,8 @@ class AbstractNorm(eqx.Module):
         )
 
     def _members(self, settings: Settings, x: Array) -> Members:
-        """Those that share the statistics of a call, which must be over something."""
+        """Checks that there is an axis to take statistics over. Returns those that share
+        the statistics."""
         layer, names, reduction = type(self).__name__, self.axis_name, settings.reduction
         check_reduction(reduction, names, x.shape, layer=layer, remedy=self._remedy)
         return bound_members(names, self.axis_index_groups, x, layer=layer)
@@ -205,8 +221,9 @@ class AbstractExampleNorm(AbstractNorm):
         - `mask`: boolean, broadcastable to `x`. Where it is `False`, `x` does not count for
             the statistics, whatever it holds. It is normalised all the same; what is not
             finite there counts as zero. Where nothing counts, the bias comes out.
-        - `scale`, `bias`: added to the layer's own, if it has any, for this call. Of the
-            feature shape, or broadcastable to `x`.
+        - `scale`, `bias`: arrays that are added, for this call, to the layer's own scale
+            and bias, or used alone if the layer has none. One of the feature shape is laid
+            along the feature axes; one of another shape is broadcast to `x`.
         - `key`: ignored; every layer of Equinox takes one.
 
         **Returns:**
@@ -219,6 +236,7 @@ class AbstractExampleNorm(AbstractNorm):
         `axis_name` is bound nowhere.
         """
         del key
+        check_optional_state(state, layer=type(self).__name__)
         with jax.named_scope(f"eqx_norms.{type(self).__name__}"):
             inputs, settings = self._check(x, mask, scale, bias, self._features())
             members = self._members(settings, inputs.x)

@@ -19,8 +19,8 @@ class LayerNorm(AbstractExampleNorm):
     `feature_axes`. With `axis_name` the expectations are over that named axis as well, for
     features that are split over it.
 
-    Take a batched array, whose leading axes are left alone, or one example inside
-    `jax.vmap`: the two are the same.
+    `x` may be a batched array, whose leading axes are left alone, or one example inside
+    `jax.vmap`. Both give the same result.
 
     !!! example
 
@@ -61,10 +61,12 @@ class LayerNorm(AbstractExampleNorm):
 
         - `num_features`: the size of the feature axis, or a tuple with the size of each, in
             the order of `feature_axes`.
-        - `epsilon`: added to the variance. Not negative. With zero, data whose variance is
-            no more than rounding can explain comes out as zero, plus bias.
-        - `dtype`: of the result. By default what the input, scale and bias promote to;
-            `"input"` for the input's own, float32 for integers and booleans.
+        - `epsilon`: added to the variance. Not negative. If it is zero, an example whose
+            variance rounding alone can explain is normalised to zeros, and comes out as the
+            bias.
+        - `dtype`: the dtype of the result. By default what `x`, scale and bias promote to,
+            float32 if these are all integers or booleans; for `"input"` that of `x`,
+            float32 if it is an integer or a boolean.
         - `param_dtype`: of scale and bias.
         - `use_bias`, `use_scale`: whether there is a bias, a scale.
         - `bias_init`, `scale_init`: functions `(key, shape, dtype) -> array` that make
@@ -76,16 +78,17 @@ class LayerNorm(AbstractExampleNorm):
             or `jax.shard_map`: mean and variance are taken over these too.
         - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of
             equal size and together all of them: each group has statistics of its own.
-        - `use_fast_variance`: whether to compute the variance about a few positions of `x`,
-            which saves a reading of `x`, in place of the mean. They are in the first
-            example and the middle of other reduced axes: one, or eight if the last axis is
-            reduced. It is the mean all the same with a `mask`; if the type of `x` says that
-            a reduced axis is split over devices; and for statistics over the last axis
-            alone, unless they are differentiated or a mesh axis is in `axis_name`. Float32
-            data of mean $m$ and deviation 1 comes out within
-            $3 \\cdot 10^{-7} m + 2 \\cdot 10^{-5}$; the data itself is rounded to
-            $6 \\cdot 10^{-8} m$. If the mean of the few is $k$ deviations away, this costs
-            the variance about $k^2$ roundings.
+        - `use_fast_variance`: whether to compute the variance from `x - shift` in place of
+            `x - mean`, which reads `x` once less. The shift is the mean of a few entries of
+            `x`: of the last axis, if it is reduced, eight from the middle on; of any other
+            reduced axis the middle one, but the first one of the examples of a
+            [`eqx_norms.BatchNorm`][]. The layer uses `x - mean` all the same with a `mask`;
+            if the type of `x` says that a reduced axis is split over devices; and for
+            statistics over the last axis alone, unless they are differentiated or a mesh
+            axis is in `axis_name`. Of float32 data of mean $m$ and deviation 1, the result
+            is off by at most $3 \\cdot 10^{-7} m + 2 \\cdot 10^{-5}$; the rounding of the
+            data itself makes $6 \\cdot 10^{-8} m$ of that. A shift that is $k$ deviations
+            away from the mean costs the variance about $k^2$ roundings.
         - `scale_offset`: added to the scale, the layer's or that of the call, in the
             precision of the statistics. Without a scale it has no effect.
         - `key`: a `jax.random` key for the initializers, if they need one.
@@ -105,8 +108,10 @@ class LayerNorm(AbstractExampleNorm):
             epsilon=epsilon,
             dtype=dtype,
             param_dtype=param_dtype,
-            scale_init=scale_init if use_scale else None,
-            bias_init=bias_init if use_bias else None,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
             axis_name=axis_name,
             axis_index_groups=axis_index_groups,
             use_fast_variance=use_fast_variance,

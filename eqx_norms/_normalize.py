@@ -39,16 +39,16 @@ from ._statistics import Inputs, Moments, Settings, counted, means, moments, rea
 
 
 def _deviation(
-    settings: Settings, inputs: Inputs, rows: Moments
+    settings: Settings, inputs: Inputs, stats: Moments
 ) -> tuple[Array, Array, Array | None]:
-    """Returns `x - mean`, `inv` and, with a mask, a boolean array that is `False` where the
-    mask excludes a position and the result would not be finite. There `x` is taken for 0.
-    """
+    """Returns `d = x - mean`, `inv` and, with a mask, a boolean array `valid`. `valid` is
+    `False` where the mask excludes a position and `d * inv` would not be finite. There `d`
+    is that of `x = 0`."""
     x, spread = inputs.x.astype(settings.wide(inputs.x)), settings.reduction.spread
-    own = jax.tree.map(inputs.members.own, rows)
+    group = jax.tree.map(inputs.members.own_row, stats)
     # Given moments may be of another width than what is computed in.
-    v = own.var.astype(real_dtype(x.dtype)) + settings.epsilon
-    mean = jnp.zeros_like(v) if own.mean is None else cast(own.mean, x.dtype)
+    v = group.var.astype(real_dtype(x.dtype)) + settings.epsilon
+    mean = jnp.zeros_like(v) if group.mean is None else cast(group.mean, x.dtype)
     limits = jnp.finfo(v.dtype)
     if settings.epsilon > limits.tiny:
         inv = jax.lax.rsqrt(v)
@@ -56,8 +56,8 @@ def _deviation(
         # A variance that the rounding of the mean can explain counts as zero.
         varies = v > limits.tiny + (8 * float(limits.eps) * jnp.abs(mean)) ** 2
         inv = jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, v, 1)), 0)
-    if own.number is not None:
-        inv = jnp.where(own.number > 0, inv, 0)
+    if group.number is not None:
+        inv = jnp.where(group.number > 0, inv, 0)
     inv, mean = (spread(array.astype(x.dtype), x) for array in (inv, mean))
     d = x - mean
     if inputs.mask is None:
@@ -67,14 +67,14 @@ def _deviation(
 
 
 def _total(terms: tuple[Array | None, ...], dtype: np.dtype, offset: float = 0.0) -> Any:
-    """The sum of what there is, or `None`. Terms that broadcast have a larger sum: so the
-    backward pass keeps the terms, and adds them up anew."""
+    """The sum of the terms that there are, or `None`. Of terms that broadcast the sum has
+    more entries: so the backward pass keeps the terms, and adds them up once more."""
     present = [term.astype(dtype) for term in terms if term is not None]
     total = functools.reduce(operator.add, present) if present else None
     return total if total is None or offset == 0 else total + offset
 
 
-def _is_small(scale: Array | None, inv: Array) -> bool:
+def _keeps_shape(scale: Array | None, inv: Array) -> bool:
     """Whether `inv * scale` has the shape of `inv`."""
     return scale is None or all(
         n in (1, m) for n, m in zip(scale.shape, inv.shape, strict=True)
@@ -85,59 +85,59 @@ def _is_small(scale: Array | None, inv: Array) -> bool:
 def _standardize(settings: Settings, inputs: Inputs) -> tuple[Array, Moments]:
     """The result, and the moments that it was normalised with."""
     wide = settings.wide(inputs.x)
-    rows = inputs.moments or moments(settings, inputs)
-    d, inv, _ = _deviation(settings, inputs, rows)
+    stats = inputs.moments or moments(settings, inputs)
+    d, inv, _ = _deviation(settings, inputs, stats)
     scale = _total(inputs.scale, wide, settings.scale_offset)
     bias = _total(inputs.bias, wide)
-    if _is_small(scale, inv):
+    if _keeps_shape(scale, inv):
         y = d * (inv if scale is None else inv * scale)
     else:
         y = d * inv * scale
-    return (y if bias is None else y + bias).astype(settings.dtype), rows
+    return (y if bias is None else y + bias).astype(settings.dtype), stats
 
 
 def _tangent(
-    settings: Settings, kept: Inputs, rows: Moments, dx: Any, tangents: Any
+    settings: Settings, kept: Inputs, stats: Moments, dx: Any, tangents: Any
 ) -> tuple[Array, Moments]:
     """The derivative of `_standardize`. `dx` is `None` where it is zero."""
     reduction, wide = settings.reduction, settings.wide(kept.x)
-    d, inv, valid = _deviation(settings, kept, rows)
+    d, inv, valid = _deviation(settings, kept, stats)
     z, scale = d * inv, _total(kept.scale, wide, settings.scale_offset)
     dscale, dbias = (_total(t, wide) for t in (tangents.scale, tangents.bias))
     dx = None if dx is None else dx.astype(wide)
 
-    drows = jax.tree.map(jnp.zeros_like, rows)
+    dstats = jax.tree.map(jnp.zeros_like, stats)
     if tangents.moments is not None:
-        drows = jax.tree.map(jnp.add, drows, tangents.moments)
+        dstats = jax.tree.map(jnp.add, dstats, tangents.moments)
     elif dx is not None:
         t = counted(kept.mask, dx)
         values = (t,) * settings.subtract_mean + (real_product(d, t),)
-        both = means(settings, kept, rows.number, *values)
-        # Without the barrier XLA fuses the sums over rows with the gradient of `x`, on a
-        # GPU, and needs another kernel, which reads `x` again, for the gradients of scale
-        # and bias. A LayerNorm of which it did so took 1.13 times as long to train on an
-        # H200 as one in a `vmap`, of which it did not.
-        *a, e = jax.lax.optimization_barrier(both) if reduction.over_rows(d) else both
-        drows = Moments(a[0] if a else None, 2 * e, drows.number)
+        both = means(settings, kept, stats.number, *values)
+        # Without the barrier XLA fuses these sums, over the last axis, with the gradient of
+        # `x` on a GPU, and needs another kernel, which reads `x` again, for the gradients
+        # of scale and bias. A LayerNorm of which it did so took 1.13 times as long to train
+        # on an H200 as one in a `vmap`, of which it did not.
+        *a, e = jax.lax.optimization_barrier(both) if reduction.over_last_axis(d) else both
+        dstats = Moments(a[0] if a else None, 2 * e, dstats.number)
     a, dvar = (
-        0 if t is None else cast(reduction.spread(kept.members.own(t), d), wide)
-        for t in (drows.mean, drows.var)
+        0 if t is None else cast(reduction.spread(kept.members.own_row(t), d), wide)
+        for t in (dstats.mean, dstats.var)
     )
     b = dvar / 2 * inv
 
     dx = 0 if dx is None else counted(valid, dx)
     dscale, dbias = (0 if t is None else t for t in (dscale, dbias))
-    if _is_small(scale, inv):
+    if _keeps_shape(scale, inv):
         f = inv if scale is None else inv * scale
         dy = dx * f + z * (dscale - b * f) + (dbias - a * f)
     else:
         dy = (dx - a - z * b) * inv * scale + z * dscale + dbias
-    return jnp.broadcast_to(dy, z.shape).astype(settings.dtype), drows
+    return jnp.broadcast_to(dy, z.shape).astype(settings.dtype), dstats
 
 
 def _rule(settings, primals, tangents):
     (inputs,), (tangents,) = primals, tangents
-    y, rows = _standardize(settings._replace(differentiated=True), inputs)
+    y, stats = _standardize(settings._replace(differentiated=True), inputs)
     dx = None if isinstance(tangents.x, SymbolicZero) else tangents.x
     # A scalar stands for a tangent that is zero: it takes no memory.
     tangents = jax.tree.map(
@@ -148,17 +148,18 @@ def _rule(settings, primals, tangents):
     kept = inputs._replace(bias=(), moments=None)
     tangent = functools.partial(_tangent, settings)
 
-    # On a CPU XLA fuses no reduction over rows, for the gradient of `x`, with one over
-    # columns, for those of scale and bias. The backward pass takes 1.5 to 4 times as long
-    # where the two share what they compute. On a GPU or a TPU they share a reading of `x`.
-    def apart(kept, rows, dx, tangents):
+    # On a CPU XLA fuses no sum over the last axis, for the gradient of `x`, with one over
+    # the others, for those of scale and bias. The backward pass takes 1.5 to 4 times as
+    # long where the two share what they compute. On a GPU or a TPU they share a reading of
+    # `x`.
+    def apart(kept, stats, dx, tangents):
         part = jax.checkpoint(tangent)
-        of_x = part(kept, rows, dx, tangents._replace(scale=(), bias=()))
-        of_parameters = part(kept, rows, None, tangents._replace(moments=None))
+        of_x = part(kept, stats, dx, tangents._replace(scale=(), bias=()))
+        of_parameters = part(kept, stats, None, tangents._replace(moments=None))
         return jax.tree.map(operator.add, of_x, of_parameters)
 
     def linear(*args):
-        if settings.reduction.over_rows(inputs.x) and jax.tree.leaves(inputs.scale):
+        if settings.reduction.over_last_axis(inputs.x) and jax.tree.leaves(inputs.scale):
             return jax.lax.platform_dependent(*args, cpu=apart, default=tangent)
         return tangent(*args)
 
@@ -169,7 +170,7 @@ def _rule(settings, primals, tangents):
     # difference in the median. A TPU v5e pays for the default: its compiler estimates
     # unrolled blocks 4 to 6 percent faster without, and scanned ones 1 to 2 percent.
     # (`tests/benchmarks/blocks.py` and `compiled.py`)
-    return (y, rows), jax.checkpoint(linear)(kept, rows, dx, tangents)
+    return (y, stats), jax.checkpoint(linear)(kept, stats, dx, tangents)
 
 
 _standardize.defjvp(_rule, symbolic_zeros=True)

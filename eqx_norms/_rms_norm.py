@@ -2,7 +2,7 @@ from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jax.nn.initializers import ones
+from jax.nn.initializers import ones, zeros
 from jaxtyping import PRNGKeyArray
 
 from ._checks import canonicalize_axes, check_axes
@@ -63,8 +63,8 @@ class RMSNorm(AbstractExampleNorm):
 
         - `num_features`: the size of the feature axis, or a tuple with the size of each, in
             the order of `feature_axes`.
-        - `epsilon`: added to the mean square. Not negative. With zero, data whose
-            mean square is below the smallest normal number comes out as zero.
+        - `epsilon`: added to the mean square. Not negative. If it is zero, an example whose
+            mean square is below the smallest normal number comes out as zeros.
         - `dtype`, `param_dtype`, `use_scale`, `scale_init`, `reduction_axes`,
             `feature_axes`, `axis_name`, `axis_index_groups`, `scale_offset`, `key`: as in
             [`eqx_norms.LayerNorm`][].
@@ -86,8 +86,10 @@ class RMSNorm(AbstractExampleNorm):
             epsilon=epsilon,
             dtype=dtype,
             param_dtype=param_dtype,
-            scale_init=scale_init if use_scale else None,
-            bias_init=None,
+            use_bias=False,
+            use_scale=use_scale,
+            bias_init=zeros,
+            scale_init=scale_init,
             axis_name=axis_name,
             axis_index_groups=axis_index_groups,
             use_fast_variance=use_fast_variance,

@@ -10,7 +10,7 @@ from equinox.nn import State, StateIndex
 from jax import lax
 from jaxtyping import Array, Float, Inexact, PRNGKeyArray
 
-from ._checks import check_dtype, check_flag, check_integers
+from ._checks import check_dtype, check_flag, check_integer, split_key
 from ._dtypes import promote, real_dtype, result_dtype
 from ._sharding import shard_like
 from ._state import (
@@ -147,7 +147,7 @@ class SpectralNorm(AbstractWrapper[Layer]):
         weights = self._set_common(
             layer, where, feature_axes=feature_axes, epsilon=epsilon, dtype=dtype
         )
-        (n_steps,) = check_integers(n_steps, layer=name, argument="n_steps")
+        n_steps = check_integer(n_steps, layer=name, argument="n_steps")
         if n_steps < 1:
             raise ValueError(
                 f"{name}: `n_steps` must be at least 1, got {n_steps}. To leave the "
@@ -162,20 +162,21 @@ class SpectralNorm(AbstractWrapper[Layer]):
                 "`WeightNorm`, which takes their direction alone: it would not matter how "
                 f"long they are. Put it outside: `WeightNorm({name}(layer))`."
             )
-        if error_on_non_matrix and any(weight.ndim != 2 for weight in weights):
+        strict = check_flag(error_on_non_matrix, layer=name, argument="error_on_non_matrix")
+        if strict and any(weight.ndim != 2 for weight in weights):
             shapes = dict(zip(self.weights, (w.shape for w in weights), strict=True))
             raise ValueError(
                 f"{name}: with `error_on_non_matrix=True` all weights must have two "
                 f"dimensions, got {shapes}."
             )
-        keys = jax.random.split(key, len(weights))
+        keys = split_key(key, len(weights), layer=name)
         self.state_index = StateIndex(
             tuple(
                 self._init(weight, promote(weight.dtype, param_dtype, jnp.float32), key)
                 for weight, key in zip(weights, keys, strict=True)
             )
         )
-        self.inference = not update_stats
+        self.inference = not check_flag(update_stats, layer=name, argument="update_stats")
 
     def _init(self, weight: Array, dtype: np.dtype, key: PRNGKeyArray) -> SpectralStats:
         shapes = (

@@ -1,10 +1,11 @@
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact, Shaped
 
 from ._checks import (
+    as_array,
     canonicalize_axes,
     check_axes,
     check_epsilon,
+    check_flag,
     check_groups,
     check_inputs,
     check_names,
@@ -62,18 +63,20 @@ def standardize(
     - `scale`, `bias`: $\gamma$ and $\beta$, each broadcastable to `x`.
     - `scale_offset`: added to `scale` in the precision of the statistics; without a `scale`
         it has no effect.
-    - `epsilon`: $\varepsilon$, added to the variance. Not negative. With zero, data
-        whose variance is no more than rounding can explain comes out as zero, plus bias.
+    - `epsilon`: $\varepsilon$, added to the variance. Not negative. If it is zero, data
+        whose variance rounding alone can explain is normalised to zeros, and comes out as
+        the bias.
     - `subtract_mean`: whether to subtract the mean. If `False`, the variance is the mean
         square: a root mean square norm.
-    - `use_fast_variance`: whether the variance may be taken about a few positions in
-        place of the mean, which reads `x` once less; see [`eqx_norms.LayerNorm`][].
+    - `use_fast_variance`: whether to compute the variance from `x - shift` in place of
+        `x - mean`, as described at [`eqx_norms.LayerNorm`][].
     - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap` or
         `jax.shard_map`: mean and variance are taken over these too.
     - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of equal
         size and together all of them: each group has statistics of its own.
-    - `dtype`: of the result. By default what `x`, `scale` and `bias` promote to; `"input"`
-        for that of `x`, float32 for integers and booleans.
+    - `dtype`: the dtype of the result. By default what `x`, `scale` and `bias` promote to,
+        float32 if these are all integers or booleans; for `"input"` that of `x`, float32 if
+        it is an integer or a boolean.
 
     **Returns:**
 
@@ -88,7 +91,7 @@ def standardize(
     names = check_names(axis_name, layer=name)
     groups = check_groups(axis_index_groups, names, layer=name)
     result = check_result_dtype(dtype, layer=name)
-    x = jnp.asarray(x)
+    x = as_array(x, layer=name, argument="x")
     inputs, dtype = check_inputs(
         x, mask, (None, scale), (None, bias), feature_axes=(), dtype=result, layer=name
     )
@@ -102,8 +105,10 @@ def standardize(
         dtype=dtype,
         epsilon=check_epsilon(epsilon, layer=name),
         scale_offset=check_scale_offset(scale_offset, layer=name),
-        subtract_mean=subtract_mean,
-        use_fast_variance=use_fast_variance,
+        subtract_mean=check_flag(subtract_mean, layer=name, argument="subtract_mean"),
+        use_fast_variance=check_flag(
+            use_fast_variance, layer=name, argument="use_fast_variance"
+        ),
     )
     members = bound_members(names, groups, x, layer=name)
     return normalize(settings, inputs._replace(members=members))[0]

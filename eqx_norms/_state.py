@@ -42,6 +42,16 @@ def _check_state(state: Any, *, layer: str) -> None:
         )
 
 
+def check_optional_state(state: Any, *, layer: str) -> None:
+    """For a layer that hands on the state it is given, if any."""
+    if not (state is None or isinstance(state, State)):
+        raise ValueError(
+            f"{layer}: the second argument must be the model's `equinox.nn.State`, or "
+            f"`None`, got one of type {type(state).__name__}. Give `mask`, `scale`, `bias` "
+            "and `key` by their names."
+        )
+
+
 def get_state(state: State, index: StateIndex[T], *, layer: str) -> T:
     _check_state(state, layer=layer)
     try:

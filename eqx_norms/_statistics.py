@@ -14,12 +14,12 @@ variance", The American Statistician 37, 1983). The shift is one of two:
 - The mean of a few entries of `x`. This reads `x` once. One of n entries is at most
   sqrt(n) deviations away from their mean, and one or two as a rule. Along the axis of the
   examples it is the first entry: a slice there stays on the first device. Along any other
-  axis it is the middle one: padding and first tokens, often outliers, are at the ends. Along
-  the last axis it is eight entries: one feature may be an outlier in every example.
+  axis it is the middle one: padding and first tokens, often outliers, are at the ends.
+  Along the last axis it is eight entries: one feature may be an outlier in every example.
 
-The variance of rows, which are over the last axis alone, is E|x - mean|^2 where nothing is
-differentiated and no mesh axis is named. Then a GPU reads a row once, in the kernel that
-also writes the result.
+Over the last axis alone the variance is E|x - mean|^2, where nothing is differentiated and
+no mesh axis is named. Then a GPU reads each row of `x` once, in the kernel that also writes
+the result.
 """
 
 import math
@@ -93,8 +93,8 @@ class Reduction(NamedTuple):
             x = lax.slice_in_dim(x, start, start + size, axis=axis)
         return x
 
-    def over_rows(self, x: Array) -> bool:
-        """Whether it is over the last axis of `x` alone."""
+    def over_last_axis(self, x: Array) -> bool:
+        """Whether a statistic is over the last axis of `x` alone."""
         return self.axes == (x.ndim - 1,) and self.groups is None
 
 
@@ -179,8 +179,9 @@ def moments(settings: Settings, inputs: Inputs) -> Moments:
     wide = x.astype(settings.wide(x))
     # XLA makes one GPU kernel of consecutive reductions of a row, which reads the row once,
     # if each depends on the one before and none is an output of the program.
-    rows = reduction.over_rows(x) and not members.mesh_names
-    one_kernel = rows and not settings.differentiated
+    one_kernel = reduction.over_last_axis(x) and not (
+        members.mesh_names or settings.differentiated
+    )
     # Where no axis is reduced or vmapped, there is nothing to take a part of.
     vmapped = members.indices and members.group is None
     may_slice = (reduction.axes or vmapped) and not is_sharded(x, reduction.axes)
@@ -201,7 +202,7 @@ def moments(settings: Settings, inputs: Inputs) -> Moments:
         shift = _per(total, number, reduction.size(x.shape) * members.size)
         if not settings.subtract_mean:
             return Moments(None, shift, number)
-    d = counted(mask, wide - reduction.spread(members.own(shift), x))
+    d = counted(mask, wide - reduction.spread(members.own_row(shift), x))
     if one_kernel:
         (var,) = means(settings, inputs, number, abs_square(d))
         return Moments(shift, var, number)

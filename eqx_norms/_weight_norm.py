@@ -12,6 +12,7 @@ from jaxtyping import Array, Inexact, PRNGKeyArray
 
 from ._affine import init_affine
 from ._axes import feature_shape, to_feature_order
+from ._checks import check_flag, split_key
 from ._dtypes import promote, result_dtype
 from ._normalize import normalize
 from ._statistics import Inputs, Reduction, Settings, abs_square
@@ -92,12 +93,14 @@ class WeightNorm(AbstractWrapper[Layer]):
             epsilon=epsilon,
             dtype=dtype,
         )
+        use_scale = check_flag(use_scale, layer=name, argument="use_scale")
         if isinstance(scale_init, str) and (scale_init != "norm" or not use_scale):
             raise ValueError(
                 f"{name}: `scale_init` must be an initializer, or with `use_scale=True` "
                 f'"norm", got {scale_init!r} and `use_scale={use_scale}`.'
             )
-        keys = [None] * len(weights) if key is None else jax.random.split(key, len(weights))
+        number = len(weights)
+        keys = [None] * number if key is None else split_key(key, number, layer=name)
         scales = []
         for weight, key in zip(weights, keys, strict=True):
             axes, _ = self._reduction(weight)

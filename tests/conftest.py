@@ -19,7 +19,6 @@ AS_FOR_USERS = {
     "test_documents",
     "test_memory",
     "test_rows",
-    "test_sums",
     "test_train_digits",
 }
 

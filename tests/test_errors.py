@@ -29,6 +29,10 @@ BATCH = ("BatchNorm",)
 AXES = ("LayerNorm", "RMSNorm")
 ALL = ("BatchNorm", "LayerNorm", "RMSNorm")
 BIASED = ("BatchNorm", "LayerNorm")
+# All whose statistics are those of their input alone; all norms; all layers.
+EXAMPLE = ("LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+NORMS = ("BatchNorm", *EXAMPLE)
+KEYED = (*NORMS, "WeightNorm", "SpectralNorm")
 
 
 class Bad(NamedTuple):
@@ -66,9 +70,15 @@ SIZES = r"one size for each feature axis"
 SHAPES = r"must return shape \(3,\) and dtype float32, got "
 KEY = r"failed .* `key=jax\.random\.key"
 FEATURES = r"expected features of shape \(3,\) along `{}=\(1,\)`, got \(4,\) in an input of"
-FITS = r"of shape {} does not broadcast to the input's shape \(4, 3\)"
+FITS = (
+    r"of shape {} does not broadcast to the input's shape \(4, 3\)\. Give it axes of size 1"
+)
+FLAG = "`{}` must be True or False, got 'no'"
+NUMBERS = "`{}` must be an array of numbers, got one of "
 WIDE = np.ones((5, 4), np.float32)
 COMPLEX = X.astype(np.complex64)
+SPACE = np.ones((4, 5, 8), np.float32)
+KEYS = jax.random.split(jax.random.key(0), 4)
 
 TABLE = [
     # The constructor.
@@ -160,7 +170,75 @@ TABLE = [
         "unequal groups", ALL, {"axis_index_groups": [[0, 1], [2]], "axis_name": "a"},
         "must be groups of equal size",
     ),
+    *(
+        Bad(
+            f"{flag} as text", layers, {flag: "no"}, FLAG.format(flag), num_features=8,
+            typed=True,
+        )
+        for flag, layers in {
+            "use_fast_variance": NORMS,
+            "use_scale": (*NORMS, "WeightNorm"),
+            "use_bias": ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm"),
+            "use_running_average": BATCH,
+            "use_unbiased_variance": BATCH,
+            "debias": BATCH,
+            "update_stats": ("SpectralNorm",),
+            "error_on_non_matrix": ("SpectralNorm",),
+        }.items()
+    ),
+    Bad(
+        "an array of flags", NORMS, {"use_scale": np.ones(3, bool)},
+        r"`use_scale` must be True or False, got array\(\[ True,", num_features=8,
+        typed=True,
+    ),
+    Bad(
+        "a seed for a key", KEYED, {"key": 0},
+        r"`key` must be a single random key, got 0\. .*`jax\.random\.key\(0\)`",
+        num_features=8, typed=True,
+    ),
+    Bad(
+        "several keys", KEYED, {"key": KEYS},
+        "`key` must be a single random key, got Array.*", num_features=8, typed=True,
+    ),
+    Bad(
+        "a feature axis as text", ("GroupNorm",), {"feature_axis": "last"},
+        "`feature_axis` must be an integer, got 'last'", typed=True,
+    ),
+    Bad(
+        "two numbers of groups", ("GroupNorm",), {"num_groups": (2, 2)},
+        r"`num_groups` must be an integer, got \(2, 2\)", typed=True,
+    ),
+    Bad(
+        "steps as text", ("SpectralNorm",), {"n_steps": "1"},
+        "`n_steps` must be an integer, got '1'", num_features=8, typed=True,
+    ),
     # The call.
+    Bad(
+        "no array", NORMS, {}, NUMBERS.format("x") + "type str", x="one", num_features=8,
+        typed=True,
+    ),
+    Bad(
+        "keys for input", NORMS, {}, NUMBERS.format("x") + "dtype key<fry>", x=KEYS,
+        num_features=8,
+    ),
+    Bad(
+        "scale as text", NORMS, {}, NUMBERS.format("scale") + "type str", x=SPACE,
+        call={"scale": "one"}, num_features=8, typed=True,
+    ),
+    Bad(
+        "mask as text", NORMS, {}, NUMBERS.format("mask") + "type str", x=SPACE,
+        call={"mask": "all"}, num_features=8, typed=True,
+    ),
+    Bad(
+        "scale for state", EXAMPLE, {},
+        "the second argument must be the model's `equinox.nn.State`, or `None`, got one of "
+        "type .*Array.*by their names", x=SPACE, call={"state": X[0]}, num_features=8,
+        typed=True,
+    ),
+    Bad(
+        "flag of a call as text", BATCH, {}, FLAG.format("use_running_average"), x=X,
+        call={"use_running_average": "no"}, typed=True,
+    ),
     Bad("features", BATCH, {}, FEATURES.format("axis"), x=WIDE),
     Bad("features", AXES, {}, FEATURES.format("feature_axes"), x=WIDE),
     Bad(
@@ -244,8 +322,8 @@ def provoke(bad: Bad, case: Case) -> None:
     layer, state = case.build(bad.num_features, **bad.kwargs)
     if bad.x is None:
         return
-    x = jnp.asarray(bad.x)
-    arguments = jax.tree.map(jnp.asarray, dict(bad.call))
+    as_array = lambda a: jnp.asarray(a) if isinstance(a, (np.ndarray, np.generic)) else a  # noqa: E731
+    x, arguments = as_array(bad.x), {k: as_array(a) for k, a in bad.call.items()}
     if case.stateful:
         arguments = {"state": state, **arguments}
     before = [np.array(leaf) for leaf in jax.tree.leaves(clone(state))]
@@ -264,7 +342,9 @@ def provoke(bad: Bad, case: Case) -> None:
 def test_bad_input(bad, case):
     error = jaxtyping.TypeCheckError if bad.typed else bad.error
     # beartype names the argument.
-    argument = next(iter([*bad.call, *bad.kwargs, "num_features"]))
+    argument = next(
+        iter([*bad.call, *bad.kwargs, "num_features" if bad.x is None else "x"])
+    )
     match = f"'{argument}'" if bad.typed else f"(?s)^{case.name}: .*{bad.match}"
     with pytest.raises(error, match=match):
         provoke(bad, case)

@@ -20,7 +20,7 @@ EQUINOX = (eqx.nn.GroupNorm, eqx.nn.LayerNorm, eqx.nn.RMSNorm)
 
 
 @pytest.fixture(autouse=True)
-def as_for_users():
+def implicit_promotion():
     """They promote dtypes and ranks implicitly."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

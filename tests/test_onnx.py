@@ -14,7 +14,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 
 
 @pytest.fixture(autouse=True)
-def as_for_users():
+def implicit_promotion():
     """JAX's defaults; and while it traces, jax2onnx puts functions of its own in the place
     of JAX's, which must not stay in JAX's caches."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

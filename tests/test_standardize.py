@@ -139,6 +139,11 @@ def test_bad_arguments(kwargs, match):
         en.standardize(normal(0, SHAPE), **kwargs)
 
 
+def test_keys_for_input():
+    with pytest.raises(ValueError, match="^standardize: `x` must be an array of numbers"):
+        en.standardize(jax.random.split(jax.random.key(0), 8))
+
+
 def test_a_name_that_is_bound_nowhere():
     with pytest.raises(NameError, match=r"^standardize: .* name 'i', which is not bound"):
         en.standardize(normal(0, SHAPE), axis_name="i")
