@@ -158,28 +158,34 @@ def test_primitives_of_jax_and_no_conditional(case):
 
 @all_norms
 @pytest.mark.parametrize("vmapped", [False, True], ids=["batch", "vmap"])
-def test_no_product_of_two_small_arrays_is_large(case: Norm, vmapped: bool) -> None:
-    """Where `inv * scale` was formed first, with the size of `x`, XLA compiled RMSNorm in a
-    `vmap` to three kernels for an H200; now to one."""
+@pytest.mark.parametrize("tangent", [False, True], ids=["result", "tangent"])
+def test_products(case: Norm, tangent: bool, vmapped: bool) -> None:
+    """No product of two small arrays has the size of `x`: where `inv * scale` had, XLA
+    compiled RMSNorm in a `vmap` to three kernels for an H200; now to one. Nor has any more
+    of the result's than the square, that with `inv` and, where `inv * scale` is not small,
+    that with `scale`."""
     layer, state = case.build(SHAPE[-1], **case.per_example if vmapped else {})
     f = ft.partial(call, layer, state)
     if vmapped:
         f = jax.vmap(f, axis_name="batch")
     # One example is a vector, where it can be.
     x = normal(0, SHAPE[1:] if vmapped and case.on_vectors else SHAPE)
+    g = (lambda x: jax.jvp(f, (x,), (x,))) if tangent else f
     spread, products = {"broadcast_in_dim", "reshape", "convert_element_type"}, 0
     of_small: set[Any] = set()
-    for equation in equations(jax.make_jaxpr(f)(x).jaxpr):
+    for equation in equations(jax.make_jaxpr(g)(x).jaxpr):
         (out, *_), name = equation.outvars, equation.primitive.name
         if getattr(out.aval, "size", 0) != x.size:
             continue
-        small = [v in of_small or v.aval.size < x.size for v in equation.invars]
+        # A number in the program is small; it cannot be hashed.
+        small = [v.aval.size < x.size or v in of_small for v in equation.invars]
         if name in spread and all(small):
             of_small.add(out)
         elif name == "mul":
             products += 1
             assert not all(small), equation
-    assert products > 0
+    if not tangent:
+        assert products == (3 if case.name in ("LayerNorm", "RMSNorm") else 2)
 
 
 # What is kept for the backward pass. Only shapes are computed with, so they may be large.

@@ -38,7 +38,8 @@ STATEFUL = [case for case in LAYERS if case.stateful]
 
 
 def with_gradients(f):
-    """The output, and the gradients of the input and of all that is learned."""
+    """The output as it is without differentiation, and with, which are two programs; and
+    the gradients of the input and of all that is learned."""
 
     def of_f(layer, state, x, **kwargs):
         def loss(layer_and_x):
@@ -47,7 +48,7 @@ def with_gradients(f):
             return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
 
         (dlayer, dx), y = eqx.filter_grad(loss, has_aux=True)((layer, x))
-        return y, dx, dlayer
+        return f(layer, state, x, **kwargs), y, dx, dlayer
 
     return of_f
 
@@ -114,8 +115,8 @@ def put(tree, *spec):
 
 
 def assert_sharded(found, wanted):
-    """The output, and the gradient of the input where it is there."""
-    for array in found[:2] if isinstance(found, tuple) else [found]:
+    """The output, or both outputs and the gradient of the input."""
+    for array in found[:3] if isinstance(found, tuple) else [found]:
         got = tuple(array.sharding.spec)
         assert (*got, *[None] * (array.ndim - len(got))) == wanted
 
@@ -460,7 +461,7 @@ def test_axes_that_vary_in_part(case, split, masked):
             y = f(x)
             return jnp.sum(jnp.sin(y) * weights), y
 
-        return jax.jit(jax.grad(loss, has_aux=True))
+        return jax.jit(lambda x: (f(x), jax.grad(loss, has_aux=True)(x)))
 
     assert_close(with_gradient(on_all)(x), with_gradient(on_one_device)(x), 3e-5)
 

@@ -140,7 +140,7 @@ def test_bad_arguments(kwargs, match):
 
 
 def test_keys_for_input():
-    with pytest.raises(ValueError, match="^standardize: `x` must be an array of numbers"):
+    with pytest.raises(ValueError, match=r"^standardize: `x` must be an array of numbers"):
         en.standardize(jax.random.split(jax.random.key(0), 8))
 
 
