@@ -125,19 +125,19 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             average over all batches so far. Each call in training is a step of its own:
             where the gradients of `k` calls are accumulated to one step of the optimizer,
             `momentum ** (1 / k)` makes `k` calls forget as much as one did.
-        - `epsilon`: added to the variance. Not negative. If it is zero, a feature whose
-            variance rounding alone can explain is normalised to zeros, and comes out as its
-            bias.
+        - `epsilon`: added to the variance. Not negative. If it is zero, and the variance is
+            no larger than what the rounding of the mean can cause, the normalised values
+            are zeros, and the result is the bias.
         - `param_dtype`: of scale and bias. The running statistics are at least float32.
             Complex input needs a complex one, for the running mean.
         - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap`
             or `jax.shard_map` that the statistics are taken over too. Without it each
             example of a `vmap` has statistics of its own, and JAX refuses `out_axes=None`
             for the state, "output was batched".
-        - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of
-            equal size and together all of them: each group is normalised with statistics of
-            its own, and the running statistics take the average over the groups, weighted
-            by what each counted.
+        - `axis_index_groups`: lists of indices along the axis `axis_name`, which must be
+            one name. The lists have one length, and each index is in exactly one of them.
+            Each list is a group, and is normalised with statistics of its own. The running
+            statistics take the average over the groups, weighted by what each counted.
         - `use_unbiased_variance`: whether the running variance is of the sample, divided
             by one less than the positions counted, as in PyTorch. The batch itself is
             normalised with the biased one either way.
@@ -268,9 +268,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         return "axis", self.axis
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
-        # An `axis_name` is as a rule that of the examples. Axis 0 is then one of space.
-        example_axis = 0 if self.axis_name is None else None
-        return Reduction(other_axes(feature_axes, len(shape)), example_axis=example_axis)
+        return Reduction(other_axes(feature_axes, len(shape)), example_axis=0)
 
     def running_stats(self, state: State) -> RunningStats:
         """The running statistics that `state` holds for this layer."""

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ def check_integer(value: int, *, layer: str, argument: str) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(
-            f"{layer}: `{argument}` must be an integer, got {value!r}."
+            f"{layer}: `{argument}` must be an integer, got {value!r}. Give a Python one."
         ) from None
 
 
@@ -169,9 +169,13 @@ def check_flag(flag: Any, *, layer: str, argument: str) -> bool:
             "array with `eqx.partition(model, eqx.is_array)`, and put it back with "
             "`eqx.combine`."
         )
-    dtype, shape = getattr(flag, "dtype", type(flag)), getattr(flag, "shape", ())
-    if dtype not in (bool, np.bool_) or shape != ():
-        raise ValueError(f"{layer}: `{argument}` must be True or False, got {flag!r}.")
+    try:
+        # A number passes: casts and averages of all leaves of a model make such of flags.
+        math.isfinite(flag)
+    except TypeError:
+        raise ValueError(
+            f"{layer}: `{argument}` must be True or False, got {flag!r}. Give a Python one."
+        ) from None
     return bool(flag)
 
 
@@ -197,14 +201,23 @@ def check_result_dtype(dtype: DTypeLike | None, *, layer: str) -> ResultDType:
     return check_dtype(dtype, layer=layer, argument="dtype", others=', "input" or `None`')
 
 
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
 def check_names(axis_name: AxisName, *, layer: str) -> Names | None:
     if axis_name is None:
         return None
     names = tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
-    if not all(isinstance(name, Hashable) for name in names):
+    # JAX takes an integer for an axis of the array.
+    if any(isinstance(name, int) or not _is_hashable(name) for name in names):
         raise ValueError(
-            f"{layer}: `axis_name` must be a name, which can be hashed, or a tuple of "
-            f"names, got {axis_name!r}. Give a string."
+            f"{layer}: `axis_name` must be a name, which can be hashed and is no integer, "
+            f"or a tuple of names, got {axis_name!r}. Give a string."
         )
     if len(set(names)) != len(names):
         raise ValueError(
@@ -261,18 +274,18 @@ def check_broadcasts(array: Array, x: Array, *, layer: str, argument: str):
 
 
 def as_array(value: Any, *, layer: str, argument: str) -> Array:
-    received = f"one of type {type(value).__name__}"
+    cause = None
     try:
         array = jnp.asarray(value)
         if not jnp.issubdtype(array.dtype, jax.dtypes.extended):
             return array
-        received = f"one of dtype {array.dtype}"
-    except (TypeError, ValueError):
-        pass
+    except (TypeError, ValueError, OverflowError) as error:
+        cause = error
+    dtype = f" and dtype {value.dtype}" if hasattr(value, "dtype") else ""
     raise ValueError(
-        f"{layer}: `{argument}` must be an array of numbers, got {received}. Give a "
-        "`jax.Array`."
-    )
+        f"{layer}: `{argument}` must be an array of numbers, got one of type "
+        f"{type(value).__name__}{dtype}. Give a `jax.Array` of floats."
+    ) from cause
 
 
 def split_key(key: PRNGKeyArray, number: int, *, layer: str) -> list[PRNGKeyArray]:

@@ -46,7 +46,7 @@ class Members(eqx.Module):
         axis would give each device its own group's sum alone. Neither `shard_map`'s default
         checks nor `vmap` admit that.)
         """
-        values = tuple(self._in_own_row(value) for value in values)
+        values = tuple(self._in_own_group(value) for value in values)
         for index in self.indices:
             values = tuple(vmapped_sum(value, index) for value in values)
         if not self.mesh_names:
@@ -82,14 +82,14 @@ class Members(eqx.Module):
         numbers = np.arange(self.num_groups, dtype=np.int32)
         return numbers.reshape(-1, *[1] * (ndim - 1)) == self.group
 
-    def _in_own_row(self, value: Array) -> Array:
+    def _in_own_group(self, value: Array) -> Array:
         """With groups: a row for each, the value in this member's, zeros in the others."""
         if self.group is None:
             return value
         own = self._is_own(value.ndim + 1)
         return jnp.where(own, value[None], jnp.zeros_like(value)[None])
 
-    def own_row(self, rows: Array) -> Array:
+    def own_group(self, rows: Array) -> Array:
         """The row of this member's group; without groups, what is given. (An index that is
         sharded on an `Explicit` mesh cannot be used to index.)"""
         if self.group is None:

@@ -16,13 +16,16 @@ ResultDType: TypeAlias = np.dtype | Literal["input"] | None
 
 
 def _is_tiny(dtype: DTypeLike | Array) -> bool:
-    """Whether it is a float of 8 bits or fewer. JAX promotes these to nothing."""
+    """Whether it is a float of 8 bits or fewer, or an integer of fewer. JAX promotes these
+    to nothing."""
     dtype = getattr(dtype, "dtype", dtype)
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.finfo(dtype).bits < 16
+    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8
 
 
 def promote(*dtypes: DTypeLike | Array) -> np.dtype:
-    """The dtype to compute in; in the place of floats of 8 bits and fewer, float32."""
+    """The dtype to compute in; in the place of what JAX cannot promote, float32."""
     # The promotion here is this library's contract, not an accident of the caller's:
     # `jax_numpy_dtype_promotion="strict"` must not forbid it.
     with jax.numpy_dtype_promotion("standard"):

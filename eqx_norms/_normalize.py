@@ -43,9 +43,9 @@ def _deviation(
 ) -> tuple[Array, Array, Array | None]:
     """Returns `d = x - mean`, `inv` and, with a mask, a boolean array `valid`. `valid` is
     `False` where the mask excludes a position and `d * inv` would not be finite. There `d`
-    is that of `x = 0`."""
+    is `-mean`, as if `x` were zero."""
     x, spread = inputs.x.astype(settings.wide(inputs.x)), settings.reduction.spread
-    group = jax.tree.map(inputs.members.own_row, stats)
+    group = jax.tree.map(inputs.members.own_group, stats)
     # Given moments may be of another width than what is computed in.
     v = group.var.astype(real_dtype(x.dtype)) + settings.epsilon
     mean = jnp.zeros_like(v) if group.mean is None else cast(group.mean, x.dtype)
@@ -67,8 +67,9 @@ def _deviation(
 
 
 def _total(terms: tuple[Array | None, ...], dtype: np.dtype, offset: float = 0.0) -> Any:
-    """The sum of the terms that there are, or `None`. Of terms that broadcast the sum has
-    more entries: so the backward pass keeps the terms, and adds them up once more."""
+    """The sum of the terms that are not `None`; `None` if there are none. Where terms
+    broadcast, the sum has more entries than they have. So the backward pass keeps the
+    terms, and computes the sum anew."""
     present = [term.astype(dtype) for term in terms if term is not None]
     total = functools.reduce(operator.add, present) if present else None
     return total if total is None or offset == 0 else total + offset
@@ -85,7 +86,7 @@ def _keeps_shape(scale: Array | None, inv: Array) -> bool:
 def _standardize(settings: Settings, inputs: Inputs) -> tuple[Array, Moments]:
     """The result, and the moments that it was normalised with."""
     wide = settings.wide(inputs.x)
-    stats = inputs.moments or moments(settings, inputs)
+    stats = moments(settings, inputs) if inputs.moments is None else inputs.moments
     d, inv, _ = _deviation(settings, inputs, stats)
     scale = _total(inputs.scale, wide, settings.scale_offset)
     bias = _total(inputs.bias, wide)
@@ -120,7 +121,7 @@ def _tangent(
         *a, e = jax.lax.optimization_barrier(both) if reduction.over_last_axis(d) else both
         dstats = Moments(a[0] if a else None, 2 * e, dstats.number)
     a, dvar = (
-        0 if t is None else cast(reduction.spread(kept.members.own_row(t), d), wide)
+        0 if t is None else cast(reduction.spread(kept.members.own_group(t), d), wide)
         for t in (dstats.mean, dstats.var)
     )
     b = dvar / 2 * inv

@@ -63,17 +63,18 @@ def standardize(
     - `scale`, `bias`: $\gamma$ and $\beta$, each broadcastable to `x`.
     - `scale_offset`: added to `scale` in the precision of the statistics; without a `scale`
         it has no effect.
-    - `epsilon`: $\varepsilon$, added to the variance. Not negative. If it is zero, data
-        whose variance rounding alone can explain is normalised to zeros, and comes out as
-        the bias.
+    - `epsilon`: $\varepsilon$, added to the variance. Not negative. If it is zero, and the
+        variance is no larger than what the rounding of the mean can cause, the normalised
+        values are zeros, and the result is the bias.
     - `subtract_mean`: whether to subtract the mean. If `False`, the variance is the mean
         square: a root mean square norm.
     - `use_fast_variance`: whether to compute the variance from `x - shift` in place of
         `x - mean`, as described at [`eqx_norms.LayerNorm`][].
     - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap` or
         `jax.shard_map`: mean and variance are taken over these too.
-    - `axis_index_groups`: a list of lists of indices along the one `axis_name`, of equal
-        size and together all of them: each group has statistics of its own.
+    - `axis_index_groups`: lists of indices along the axis `axis_name`, which must be one
+        name. The lists have one length, and each index is in exactly one of them. Each list
+        is a group, with statistics of its own.
     - `dtype`: the dtype of the result. By default what `x`, `scale` and `bias` promote to,
         float32 if these are all integers or booleans; for `"input"` that of `x`, float32 if
         it is an integer or a boolean.

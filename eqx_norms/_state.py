@@ -4,6 +4,7 @@ import functools as ft
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from equinox.nn import State, StateIndex
@@ -43,8 +44,9 @@ def _check_state(state: Any, *, layer: str) -> None:
 
 
 def check_optional_state(state: Any, *, layer: str) -> None:
-    """For a layer that hands on the state it is given, if any."""
-    if not (state is None or isinstance(state, State)):
+    """For a layer that hands on the state it is given, whatever that is, if any. But an
+    array is none: it was meant for another argument."""
+    if eqx.is_array_like(state):
         raise ValueError(
             f"{layer}: the second argument must be the model's `equinox.nn.State`, or "
             f"`None`, got one of type {type(state).__name__}. Give `mask`, `scale`, `bias` "

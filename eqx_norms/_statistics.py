@@ -40,7 +40,7 @@ from ._types import Shape, Size
 class Reduction(NamedTuple):
     """What a statistic is over: some axes and, with `groups = (axis, number)`, each of
     `number` contiguous blocks of equal length along one more axis. `example_axis` is the
-    axis along which the batch's examples are, if one of `axes` is it.
+    axis along which the examples of a batch are; `None` if that is not known.
 
     A statistic has the axes of the input but for `axes`, which are dropped; along the axis
     of the blocks it has `number` entries. (If `axes` were kept with size 1, XLA would split
@@ -82,13 +82,14 @@ class Reduction(NamedTuple):
         axis, number = self.groups
         return jnp.repeat(statistic, x.shape[axis] // number, axis)
 
-    def a_few(self, x: Array) -> Array:
+    def a_few(self, x: Array, example_axis: int | None) -> Array:
         """Slices `x`, along each of `axes`, to the entries whose mean is the shift."""
-        for axis in self.axes:
+        # Axis 0 last: if it is split over devices, they exchange what the others left.
+        for axis in sorted(self.axes, reverse=True):
             n = x.shape[axis]
-            start = 0 if axis == self.example_axis else n // 2
-            # Not four on each side of the middle: where the axis is split over devices, one
-            # may end there, and XLA would send nearly all of it.
+            start = 0 if axis == example_axis else n // 2
+            # Not four on each side of the middle: where the axis is split over devices,
+            # that of one may end there, and XLA would send nearly all of it.
             size = min_dim(n - start, 8) if axis == x.ndim - 1 else 1
             x = lax.slice_in_dim(x, start, start + size, axis=axis)
         return x
@@ -177,20 +178,23 @@ def moments(settings: Settings, inputs: Inputs) -> Moments:
     if mask is None and x.size == 0:
         mask = jnp.zeros(x.shape, bool)
     wide = x.astype(settings.wide(x))
-    # XLA makes one GPU kernel of consecutive reductions of a row, which reads the row once,
-    # if each depends on the one before and none is an output of the program.
+    # XLA makes one GPU kernel of consecutive reductions over the last axis, which reads `x`
+    # once, if each depends on the one before and none is an output of the program.
     one_kernel = reduction.over_last_axis(x) and not (
         members.mesh_names or settings.differentiated
     )
-    # Where no axis is reduced or vmapped, there is nothing to take a part of.
-    vmapped = members.indices and members.group is None
-    may_slice = (reduction.axes or vmapped) and not is_sharded(x, reduction.axes)
+    # Where no axis is reduced, nor one of the members vmapped, there is nothing to slice.
+    # With groups all members are needed.
+    sliced = reduction.axes or (members.indices and members.group is None)
+    may_slice = sliced and not is_sharded(x, reduction.axes)
     fast = settings.use_fast_variance and settings.subtract_mean and mask is None
     if fast and may_slice and not one_kernel:
         # The slice comes before the cast: else compilers may write all of the cast `x`.
         # Without the barrier a TPU's compiler duplicates the shift, as it is and broadcast
         # to `x`, and runs an all-reduce for each.
-        few, others = members.first(reduction.a_few(x))
+        # Where a vmapped axis is named, the examples are along that one.
+        example_axis = None if members.indices else reduction.example_axis
+        few, others = members.first(reduction.a_few(x, example_axis))
         few, others = few.astype(wide.dtype), inputs._replace(members=others)
         (shift,) = lax.optimization_barrier(means(settings, others, None, few))
     else:
@@ -202,11 +206,11 @@ def moments(settings: Settings, inputs: Inputs) -> Moments:
         shift = _per(total, number, reduction.size(x.shape) * members.size)
         if not settings.subtract_mean:
             return Moments(None, shift, number)
-    d = counted(mask, wide - reduction.spread(members.own_row(shift), x))
+    shifted = counted(mask, wide - reduction.spread(members.own_group(shift), x))
     if one_kernel:
-        (var,) = means(settings, inputs, number, abs_square(d))
+        (var,) = means(settings, inputs, number, abs_square(shifted))
         return Moments(shift, var, number)
-    offset, square = means(settings, inputs, number, d, abs_square(d))
+    offset, square = means(settings, inputs, number, shifted, abs_square(shifted))
     # The difference of square and |offset|^2. XLA would square the sum in `offset` before
     # it divides, which overflows sooner. Squares that overflow are infinite.
     root, size = jnp.sqrt(square), jnp.abs(offset)

@@ -288,6 +288,15 @@ def test_hashable_structure(case):
     assert jax.tree.structure(layer) != jax.tree.structure(other)
 
 
+@all_norms
+def test_averaged_as_a_whole(case):
+    """As some do for a moving average of the parameters: flags become numbers."""
+    layer, state = build(case)
+    average = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, layer, layer)
+    x = normal(1, SHAPE)
+    np.testing.assert_allclose(call(average, state, x), call(layer, state, x), rtol=1e-5)
+
+
 @all_layers
 def test_serialise(case):
     layer, state = build(case)

@@ -120,3 +120,33 @@ def test_with_groups_it_grows_with_their_number(name):
     assert sent(name, devices=8, axis_index_groups=groups(2, 4)) == 2 * one
     assert sent(name, devices=4, axis_index_groups=groups(2, 2)) == 2 * one
     assert sent(name, devices=8, axis_index_groups=groups(4, 2)) == 4 * one
+
+
+# Without a name, where the batch is split as `jax.jit` sees fit.
+
+IMAGES = (16, 6, 8, FEATURES)
+
+
+def over_a_batch(x):
+    layer, state = eqx.nn.make_with_state(en.BatchNorm)(FEATURES)
+    return layer(x, state)[0]
+
+
+@pytest.mark.parametrize(
+    ("f", "sent"),
+    [
+        (over_a_batch, []),
+        # It knows nothing of examples: one position is sent, from the middle.
+        (lambda x: en.standardize(x, (0, 1, 2)), [FEATURES]),
+    ],
+    ids=["BatchNorm", "standardize"],
+)
+def test_the_shift_of_a_split_batch(f, sent):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(normal(0, IMAGES), NamedSharding(mesh, PartitionSpec("d")))
+    text, _ = hlo(lambda x: jax.vjp(f, x)[0], x)
+    assert count(text, "all-reduce") == 2
+    permutes = re.findall(r"= \w+\[([\d,]*)\]\S* collective-permute(?:-start)?\(", text)
+    assert [int(np.prod([int(n) for n in p.split(",")])) for p in permutes] == sent
+    assert count(text, "collective-permute") == len(sent)
+    assert not any(count(text, op) for op in OTHERS if op != "collective-permute")

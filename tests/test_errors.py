@@ -124,7 +124,12 @@ TABLE = [
     ),
     Bad(
         "a name that cannot be hashed", ALL, {"axis_name": {}},
-        "`axis_name` must be a name, which can be hashed, .*got {}", typed=True,
+        "`axis_name` must be a name, which can be hashed .*got {}", typed=True,
+    ),
+    Bad("a number for a name", ALL, {"axis_name": 0}, "is no integer, .*got 0. Give a str"),
+    Bad(
+        "a list in a name", ALL, {"axis_name": (("a", [1]),)},
+        "`axis_name` must be a name, which can be hashed .*got",
     ),
     Bad(
         "groups of text", ("GroupNorm",), {},
@@ -218,8 +223,12 @@ TABLE = [
         typed=True,
     ),
     Bad(
-        "keys for input", NORMS, {}, NUMBERS.format("x") + "dtype key<fry>", x=KEYS,
+        "keys for input", NORMS, {}, NUMBERS.format("x") + "type .*key<fry>", x=KEYS,
         num_features=8,
+    ),
+    Bad(
+        "numbers of four bits without a dtype", ("LayerNorm",), {"use_scale": False},
+        "needs a `dtype` for its result.*got int4", x=jnp.ones((4, 3), jnp.int4),
     ),
     Bad(
         "scale as text", NORMS, {}, NUMBERS.format("scale") + "type str", x=SPACE,

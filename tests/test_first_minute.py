@@ -4,12 +4,14 @@ The library's own words; where its types are checked at run time that check come
 and names the argument.
 """
 
+import warnings
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 
 import eqx_norms as en
@@ -293,6 +295,40 @@ def test_a_stale_state_can_be_cloned():
     spare = clone(state)
     norm(X, state)
     assert norm(X, spare)[0].shape == X.shape
+
+
+@pytest.fixture
+def untyped(request):
+    """What types forbid, and works all the same where nobody checks them."""
+    if request.config.getoption("--jaxtyping-packages"):
+        pytest.skip("jaxtyping checks types here")
+
+
+def test_sizes_are_kept_as_integers(untyped):
+    """An array in a static field could not be compared, and Equinox warns of it."""
+    size: Any = np.prod((3, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layers = [en.LayerNorm(size), batch_norm(size)[0], en.GroupNorm(size, num_groups=1)]
+    for layer in layers:
+        assert type(layer.num_features) is int
+    sizes: Any = [4, 3]
+    one, other = (en.LayerNorm(n, feature_axes=(-2, -1)) for n in (sizes, (4, 3)))
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+
+
+def test_a_sequential_that_is_given_no_state(untyped):
+    """It gives an `object()` to each `StatefulLayer`, which may hand that on."""
+
+    class Block(eqx.nn.StatefulLayer):
+        norm: Any
+
+        def __call__(self, x, state, *, key=None):
+            return self.norm(x, state)
+
+    for norm in (en.LayerNorm(3), en.RMSNorm(3)):
+        block: Any = Block(norm)  # pyright: ignore[reportCallIssue]
+        assert eqx.nn.Sequential([block])(X).shape == X.shape
 
 
 @pytest.mark.parametrize(
