@@ -30,6 +30,12 @@ def on_files(files: Files, config) -> None:
             files.append(File.generated(config, f"notebooks/{name}", content=content))
 
 
+def on_page_markdown(markdown: str, **_) -> str:
+    """The pages link to the notebooks as they are in the repository."""
+    markdown = re.sub(r"\]\(\.\./(notebooks/\w+)\.ipynb\)", r"](\1.md)", markdown)
+    return markdown.replace("](../notebooks/", "](notebooks/")
+
+
 def on_page_content(content: str, **_) -> str:
     def render(match: re.Match) -> str:
         display = "block" if match[2] == "div" else "inline"

@@ -42,3 +42,6 @@ def compiles_quickly(request):
     jax.config.update("jax_disable_most_optimizations", not is_as_for_users(request))
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    # Each program on a CPU has memory mapped, of which Linux allows a process some 65,000
+    # pieces. XLA 0.12 crashed where one process ran all tests and kept all programs.
+    jax.clear_caches()

@@ -211,7 +211,7 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
     run = results["run"]
     versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items() if v)
     figure.suptitle(
-        f"Time in units of the floor (line: input read once, output written once)\n"
+        f"Time in units of the floor (line: one copy of the input forward, else two)\n"
         f"{run['device']}, {run['threads']} threads, {versions}, {run['date'][:10]}\n"
         f"{run['command']}"
     )
@@ -221,8 +221,8 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
 
 
 LEGEND = """
-The floor is as many copies as the pass reads and writes arrays of the input's size. both:
-forward and backward; apart: as two programs. vmap: eqx_norms, one example inside
+The floor is one copy of the input forward, two copies forward and backward. both: forward
+and backward; apart: as two programs. vmap: eqx_norms, one example inside
 `jax.vmap`. a / JAX: to the faster of Flax and Equinox, with half the interquartile range.
 of bandwidth: what eqx_norms reaches of that of a copy. N: batch, C: features, H and W:
 space.

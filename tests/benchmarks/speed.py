@@ -4,9 +4,9 @@ All functions of a cell, which is one layer, shape and dtype, take turns in one 
 a new order each round, so that what disturbs the machine disturbs all of them. A ratio is
 formed within each round; given are its median and its interquartile range.
 
-The floor is the time of as many copies as a pass has to read and write arrays of the
-input's size: forward, input and output, one copy; forward and backward, cotangent and
-gradient besides, two. A pass returns all that it computes: the output, the new running
+The floor is the time of a copy of the input for each two arrays of its size that a pass
+has to read or write: forward, input and output, one copy; forward and backward, cotangent
+and gradient besides, two. A pass returns all that it computes: the output, the new running
 statistics, and the gradients of input, scale and bias.
 
 "both" is forward and backward in one program, where a compiler may keep what it likes in

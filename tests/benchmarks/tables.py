@@ -38,6 +38,8 @@ def show(
     print("|", " | ".join("---" if n < text else "--:" for n in range(len(columns))), "|")
     for row in rows:
         print("|", " | ".join(row), "|", flush=True)
+    # Or the next title would be one more row.
+    print()
 
 
 def show_records(
