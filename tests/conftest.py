@@ -42,7 +42,7 @@ def compiles_quickly(request):
     jax.config.update("jax_disable_most_optimizations", not is_as_for_users(request))
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-    # Programs on a CPU keep memory mapped, of which Linux allows a process 65,530 pieces: 8,600
-    # after a quarter of the tests in one process, or 1,300 with this. Without it a run of
-    # all of them ended in a crash of XLA 0.12, late and once.
+    # Programs on a CPU keep memory mapped, of which Linux allows a process 65,530 pieces:
+    # 8,600 after a quarter of the tests in one process, or 1,300 with this. Without it a
+    # run of all of them ended in a crash of XLA 0.12, late and once.
     jax.clear_caches()
