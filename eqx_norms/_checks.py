@@ -116,14 +116,21 @@ def check_num_features(
     return shape
 
 
-def check_number(number: float, *, layer: str, argument: str) -> float:
+def _is_number(value: Any) -> bool:
+    """Whether it has the value of a float. (`float` itself would read a string.)"""
     try:
-        math.isfinite(number)  # `float` would read a string.
+        math.isfinite(value)
     except (TypeError, OverflowError):
+        return False
+    return True
+
+
+def check_number(number: float, *, layer: str, argument: str) -> float:
+    if not _is_number(number):
         raise ValueError(
             f"{layer}: `{argument}` must be a Python number, known before tracing, got "
             f"{number!r}."
-        ) from None
+        )
     return float(number)
 
 
@@ -169,13 +176,11 @@ def check_flag(flag: Any, *, layer: str, argument: str) -> bool:
             "array with `eqx.partition(model, eqx.is_array)`, and put it back with "
             "`eqx.combine`."
         )
-    try:
-        # A number passes: casts and averages of all leaves of a model make such of flags.
-        math.isfinite(flag)
-    except TypeError:
+    # A number passes: casts and averages of all leaves of a model make such of flags.
+    if not _is_number(flag):
         raise ValueError(
             f"{layer}: `{argument}` must be True or False, got {flag!r}. Give a Python one."
-        ) from None
+        )
     return bool(flag)
 
 

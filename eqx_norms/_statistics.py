@@ -82,8 +82,10 @@ class Reduction(NamedTuple):
         axis, number = self.groups
         return jnp.repeat(statistic, x.shape[axis] // number, axis)
 
-    def a_few(self, x: Array, example_axis: int | None) -> Array:
-        """Slices `x`, along each of `axes`, to the entries whose mean is the shift."""
+    def a_few(self, x: Array, vmapped: bool) -> Array:
+        """Slices `x`, along each of `axes`, to the entries whose mean is the shift.
+        `vmapped` says that the examples are along a vmapped axis, and none of `x`."""
+        example_axis = None if vmapped else self.example_axis
         # Axis 0 last: if it is split over devices, they exchange what the others left.
         for axis in sorted(self.axes, reverse=True):
             n = x.shape[axis]
@@ -192,9 +194,7 @@ def moments(settings: Settings, inputs: Inputs) -> Moments:
         # The slice comes before the cast: else compilers may write all of the cast `x`.
         # Without the barrier a TPU's compiler duplicates the shift, as it is and broadcast
         # to `x`, and runs an all-reduce for each.
-        # Where a vmapped axis is named, the examples are along that one.
-        example_axis = None if members.indices else reduction.example_axis
-        few, others = members.first(reduction.a_few(x, example_axis))
+        few, others = members.first(reduction.a_few(x, vmapped=bool(members.indices)))
         few, others = few.astype(wide.dtype), inputs._replace(members=others)
         (shift,) = lax.optimization_barrier(means(settings, others, None, few))
     else:

@@ -32,7 +32,7 @@ BIASED = ("BatchNorm", "LayerNorm")
 # All whose statistics are those of their input alone; all norms; all layers.
 EXAMPLE = ("LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 NORMS = ("BatchNorm", *EXAMPLE)
-KEYED = (*NORMS, "WeightNorm", "SpectralNorm")
+EVERY = tuple(case.name for case in LAYERS)
 
 
 class Bad(NamedTuple):
@@ -197,12 +197,12 @@ TABLE = [
         typed=True,
     ),
     Bad(
-        "a seed for a key", KEYED, {"key": 0},
+        "a seed for a key", EVERY, {"key": 0},
         r"`key` must be a single random key, got 0\. .*`jax\.random\.key\(0\)`",
         num_features=8, typed=True,
     ),
     Bad(
-        "several keys", KEYED, {"key": KEYS},
+        "several keys", EVERY, {"key": KEYS},
         "`key` must be a single random key, got Array.*", num_features=8, typed=True,
     ),
     Bad(
