@@ -162,11 +162,11 @@ def main() -> None:
         "error, a mean of 3000": [
             attempt(lambda: error(ours("devices"), EVERY, 2999 + X)),
             attempt(lambda: error(flax(), EVERY, 2999 + X)),
-            "not its way",
+            "takes no batch",
         ],
         "error, one example at a time": [
             attempt(lambda: per_example(lambda x: ours(both)(x, None))),
-            "not its way",
+            "takes batches only",
             attempt(lambda: per_example(equinox(both))),
         ],
         "all-reduces, forward and backward": [
