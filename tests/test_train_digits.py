@@ -1,10 +1,8 @@
 """The main job: `notebooks/train_digits.py`."""
 
 import importlib.util
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import jax
@@ -105,37 +103,17 @@ def test_a_bad_option_is_a_usage_error(script, capsys, option, message):
     assert message in error
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is sent differently there")
-def test_ctrl_c(tmp_path):
+def test_ctrl_c(script, capsys, monkeypatch, tmp_path):
+    # Raised here, and not by a signal: one that arrives while JAX's callback for garbage
+    # collection runs is lost (jax issue 18246).
+    def train(norm, *args, **kwargs):
+        if norm == "batch":
+            raise KeyboardInterrupt
+        return None
+
+    monkeypatch.setattr(script, "train", train)
     picture = tmp_path / "curves.png"
-    # A shell has what it runs behind `&` ignore the signal, and so its children.
-    program = (
-        "import runpy, signal, sys;"
-        "signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "sys.argv = sys.argv[1:];"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, SCRIPT, f"--output={picture}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    guard = threading.Timer(200, process.kill)
-    guard.start()
-    try:
-        assert process.stderr is not None
-        # The progress bar: the training has begun.
-        error = process.stderr.read(1)
-        process.send_signal(signal.SIGINT)
-        error += process.stderr.read()
-        process.stderr.close()
-        code = process.wait()
-    finally:
-        guard.cancel()
-        process.kill()
-        process.wait()
-    assert code == 130, error.decode()
-    message = "Interrupted: 0 of 5 networks were trained, no picture was written."
-    assert message in error.decode()
-    assert b"Traceback" not in error
+    assert script.main([f"--output={picture}"]) == 130
+    message = "Interrupted: 1 of 5 networks were trained, no picture was written."
+    assert capsys.readouterr().err.strip() == message
     assert not picture.exists()
