@@ -27,6 +27,7 @@ from ._checks import (
 )
 from ._collectives import Members, bound_members
 from ._dtypes import ResultDType
+from ._names import answer_names
 from ._normalize import normalize
 from ._state import check_optional_state
 from ._statistics import Inputs, Reduction, Settings
@@ -68,6 +69,10 @@ class AbstractNorm(eqx.Module):
     _subtract_mean: ClassVar[bool] = True
     # What to do where no axis is left to take statistics over.
     _remedy: ClassVar[str] = "Name one in `reduction_axes`, or an `axis_name`."
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        answer_names(cls)
 
     def _set_common(
         self,

@@ -14,11 +14,13 @@ from ._checks import (
     check_scale_offset,
 )
 from ._collectives import bound_members
+from ._names import answers_names
 from ._normalize import normalize
 from ._statistics import Reduction, Settings
 from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike
 
 
+@answers_names
 def standardize(
     x: Shaped[AnyArray, "*shape"],
     axes: Axes = -1,

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from ._axes import other_axes
 from ._checks import canonicalize_axes, check_axes, check_epsilon, check_result_dtype
 from ._dtypes import ResultDType
+from ._names import answer_names
 from ._trees import find_nodes
 from ._types import Axes, DTypeLike
 
@@ -61,6 +62,10 @@ class AbstractWrapper(StatefulLayer, Generic[Layer]):
     feature_axes: tuple[int, ...] = eqx.field(static=True)
     epsilon: float = eqx.field(static=True)
     dtype: ResultDType = eqx.field(static=True, default=None, kw_only=True)
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        answer_names(cls)
 
     def _set_common(
         self,

@@ -238,7 +238,7 @@ MISTAKES = [
         None,
     ),
     (torch_momentum, ValueError, "the weight of the old running statistics, from 0", None),
-    (flax_rngs, TypeError, "unexpected keyword argument 'rngs'", None),
+    (flax_rngs, TypeError, "unexpected keyword argument 'rngs'.*is `key` here", None),
     (
         random_initializer_without_key,
         ValueError,
