@@ -3,7 +3,7 @@
 import functools as ft
 import inspect
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 
 T = TypeVar("T")
@@ -45,6 +45,13 @@ _ANSWERS = [
 ]
 
 
+def _answer(name: str, own: frozenset[str]) -> str:
+    for argument, names, said in _ANSWERS:
+        if argument in own and name in names.split():
+            return f" `{name}` {(said or 'is `{}` here').format(argument)}."
+    return ""
+
+
 def answers_names(function: Callable[P, T]) -> Callable[P, T]:
     """A function, or a method, that answers an argument by its name elsewhere. For any
     other name there is Python's own answer."""
@@ -53,34 +60,28 @@ def answers_names(function: Callable[P, T]) -> Callable[P, T]:
     @ft.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         if not kwargs.keys() <= own:
-            answers = {name: _answer(name, own) for name in kwargs if name not in own}
-            if any(answers.values()):
+            names = [name for name in kwargs if name not in own]
+            if answers := "".join(_answer(name, own) for name in names):
                 layer = type(args[0]).__name__ if "self" in own else function.__name__
+                received = ", ".join(map(repr, names))
                 raise TypeError(
-                    f"{layer}: unexpected keyword argument {', '.join(map(repr, answers))}."
-                    + "".join(
-                        f" `{name}` {said}." for name, said in answers.items() if said
-                    )
+                    f"{layer}: unexpected keyword argument {received}.{answers}"
                 )
         return function(*args, **kwargs)
 
     return wrapper
 
 
-def _answer(name: str, own: frozenset[str]) -> str | None:
-    for argument, names, said in _ANSWERS:
-        if argument in own and name in names.split():
-            return (said or "is `{}` here").format(argument)
-    return None
+class AnswersNames:
+    """A layer that answers names where it is made and called. (What reads the source, as
+    type checkers do, finds the methods as they are written.)"""
 
-
-def answer_names(layer: type) -> None:
-    """Has a layer of the library answer names where it is made and called. (What reads the
-    source, as type checkers do, finds the methods as they are written.)"""
-    # Users' own subclasses name arguments as they like.
-    if layer.__module__.partition(".")[0] == __package__:
-        for name in {"__init__", "__call__"} & layer.__dict__.keys():
-            method = layer.__dict__[name]
-            # What hands all that it is given to another layer does not know the names.
-            if "kwargs" not in inspect.signature(method).parameters:
-                setattr(layer, name, answers_names(method))
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        for name in {"__init__", "__call__"} & cls.__dict__.keys():
+            method = cls.__dict__[name]
+            # A wrapper does not know what it is to hand on. Users' own subclasses name
+            # arguments as they like.
+            knows = "kwargs" not in inspect.signature(method).parameters
+            if knows and cls.__module__.partition(".")[0] == __package__:
+                setattr(cls, name, answers_names(method))

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from ._axes import other_axes
 from ._checks import canonicalize_axes, check_axes, check_epsilon, check_result_dtype
 from ._dtypes import ResultDType
-from ._names import answer_names
+from ._names import AnswersNames
 from ._trees import find_nodes
 from ._types import Axes, DTypeLike
 
@@ -51,7 +51,7 @@ def choose_weights(
     return paths
 
 
-class AbstractWrapper(StatefulLayer, Generic[Layer]):
+class AbstractWrapper(AnswersNames, StatefulLayer, Generic[Layer]):
     """A layer, and which of its weights others take the place of when it is called."""
 
     layer: Layer
@@ -62,10 +62,6 @@ class AbstractWrapper(StatefulLayer, Generic[Layer]):
     feature_axes: tuple[int, ...] = eqx.field(static=True)
     epsilon: float = eqx.field(static=True)
     dtype: ResultDType = eqx.field(static=True, default=None, kw_only=True)
-
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        answer_names(cls)
 
     def _set_common(
         self,
