@@ -78,6 +78,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         Flax's `nnx.BatchNorm`.
     """
 
+    _arguments: ClassVar[tuple[str, ...]] = ("axis",)
     _remedy: ClassVar[str] = (
         "Give a batch; or, for one example inside `jax.vmap(..., axis_name='batch')`, make "
         "the layer with `axis_name='batch'`."
@@ -198,9 +199,10 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         - `x`: an array of any rank.
         - `state`: the model's `equinox.nn.State`, which holds the running statistics.
         - `use_running_average`: if given, takes the place of the field `inference`.
-        - `mask`: boolean, broadcastable to `x`. Where it is `False`, `x` does not count for
-            mean and variance, whatever it holds. It is normalised all the same; what is not
-            finite there counts as zero. Where nothing counts, the bias comes out.
+        - `mask`: boolean, broadcastable to `x`: `mask[..., None]` if it has no axis of
+            features. Where it is `False`, `x` does not count for mean and variance,
+            whatever it holds. It is normalised all the same; what is not finite there
+            counts as zero. Where nothing counts, the bias comes out.
         - `scale`, `bias`: arrays that are added, for this call, to the layer's own scale
             and bias, or used alone if the layer has none. One of the feature shape is laid
             along the feature axes; one of another shape is broadcast to `x`.
@@ -263,9 +265,6 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             argument, flag = "inference", self.inference
         frozen = check_flag(self.frozen, layer=name, argument="frozen")
         return frozen or check_flag(flag, layer=name, argument=argument)
-
-    def _layout(self) -> tuple[str, tuple[int, ...]]:
-        return "axis", self.axis
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
         return Reduction(other_axes(feature_axes, len(shape)), example_axis=0)

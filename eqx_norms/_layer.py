@@ -10,15 +10,16 @@ from equinox.nn import State
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
 from ._affine import init_affine
-from ._axes import feature_shape
 from ._checks import (
     as_array,
     as_tuple,
     canonicalize_axes,
     check_epsilon,
+    check_features,
     check_flag,
     check_groups,
     check_inputs,
+    check_mask_axes,
     check_names,
     check_num_features,
     check_reduction,
@@ -27,13 +28,14 @@ from ._checks import (
 )
 from ._collectives import Members, bound_members
 from ._dtypes import ResultDType
+from ._names import AnswersNames
 from ._normalize import normalize
 from ._state import check_optional_state
 from ._statistics import Inputs, Reduction, Settings
 from ._types import AnyArray, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
 
 
-class AbstractNorm(eqx.Module):
+class AbstractNorm(AnswersNames, eqx.Module):
     """What `BatchNorm`, `LayerNorm`, `RMSNorm`, `GroupNorm` and `InstanceNorm` are derived
     from, to tell them from other layers: scale, bias, and the settings that each has.
 
@@ -65,9 +67,13 @@ class AbstractNorm(eqx.Module):
     )
     use_fast_variance: bool = eqx.field(static=True, default=True, kw_only=True)
 
+    # The arguments, and fields, that say along which axes the features are.
+    _arguments: ClassVar[tuple[str, ...]] = ("feature_axes",)
     _subtract_mean: ClassVar[bool] = True
     # What to do where no axis is left to take statistics over.
     _remedy: ClassVar[str] = "Name one in `reduction_axes`, or an `axis_name`."
+    # What to do where statistics are of one position each, if that is refused.
+    _alone: ClassVar[str] = ""
 
     def _set_common(
         self,
@@ -89,7 +95,7 @@ class AbstractNorm(eqx.Module):
     ) -> Shape:
         """Sets these fields, from within a constructor, and returns the feature shape."""
         name = type(self).__name__
-        shape = check_num_features(num_features, feature_axes, layer=name)
+        shape = check_num_features(num_features, feature_axes, self._arguments, layer=name)
         self.num_features = shape if isinstance(num_features, Sequence) else shape[0]
         use_bias = check_flag(use_bias, layer=name, argument="use_bias")
         use_scale = check_flag(use_scale, layer=name, argument="use_scale")
@@ -120,9 +126,9 @@ class AbstractNorm(eqx.Module):
         # Without parameters nothing tells how the features are split over devices.
         return as_tuple(self.num_features) if self.axis_name is None else None
 
-    @abstractmethod
     def _layout(self) -> tuple[str, tuple[int, ...]]:
         """What the layer calls its feature axes, and which they are."""
+        return self._arguments[0], as_tuple(getattr(self, self._arguments[0]))
 
     @abstractmethod
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
@@ -142,13 +148,8 @@ class AbstractNorm(eqx.Module):
         argument, axes = self._layout()
         x = as_array(x, layer=name, argument="x")
         axes = canonicalize_axes(axes, x.ndim, layer=name, argument=argument)
-        received = feature_shape(x.shape, axes)
-        if features is not None and received != features:
-            raise ValueError(
-                f"{name}: expected features of shape {features} along `{argument}={axes}`, "
-                f"got {received} in an input of shape {x.shape}. Check `num_features`, and "
-                f"that `{argument}` says where the features are."
-            )
+        if features is not None:
+            check_features(features, x.shape, axes, self._arguments, layer=name)
         inputs, dtype = check_inputs(
             x,
             mask,
@@ -158,8 +159,10 @@ class AbstractNorm(eqx.Module):
             dtype=self.dtype,
             layer=name,
         )
+        reduction = self._reduction(x.shape, axes)
+        check_mask_axes(inputs.mask, x.shape, reduction, layer=name)
         return inputs, Settings(
-            self._reduction(x.shape, axes),
+            reduction,
             feature_axes=axes,
             dtype=dtype,
             epsilon=self.epsilon,
@@ -173,7 +176,14 @@ class AbstractNorm(eqx.Module):
         the statistics."""
         layer, names, reduction = type(self).__name__, self.axis_name, settings.reduction
         check_reduction(reduction, names, x.shape, layer=layer, remedy=self._remedy)
-        return bound_members(names, self.axis_index_groups, x, layer=layer)
+        members = bound_members(names, self.axis_index_groups, x, layer=layer)
+        if self._alone and reduction.size(x.shape) * members.size == 1:
+            raise ValueError(
+                f"{layer}: needs more than one position for each mean and variance, got an "
+                f"input of shape {x.shape}, where each is of one: the result would be the "
+                f"bias, whatever the input. {self._alone}"
+            )
+        return members
 
 
 class AbstractExampleNorm(AbstractNorm):
@@ -218,9 +228,10 @@ class AbstractExampleNorm(AbstractNorm):
         - `x`: an array of any rank.
         - `state`: returned as it is, so that the layer can stand where a
             [`eqx_norms.BatchNorm`][] stood.
-        - `mask`: boolean, broadcastable to `x`. Where it is `False`, `x` does not count for
-            the statistics, whatever it holds. It is normalised all the same; what is not
-            finite there counts as zero. Where nothing counts, the bias comes out.
+        - `mask`: boolean, broadcastable to `x`: `mask[..., None]` if it has no axis of
+            features. Where it is `False`, `x` does not count for the statistics, whatever
+            it holds. It is normalised all the same; what is not finite there counts as
+            zero. Where nothing counts, the bias comes out.
         - `scale`, `bias`: arrays that are added, for this call, to the layer's own scale
             and bias, or used alone if the layer has none. One of the feature shape is laid
             along the feature axes; one of another shape is broadcast to `x`.

@@ -8,17 +8,20 @@ from ._checks import (
     check_flag,
     check_groups,
     check_inputs,
+    check_mask_axes,
     check_names,
     check_reduction,
     check_result_dtype,
     check_scale_offset,
 )
 from ._collectives import bound_members
+from ._names import answers_names
 from ._normalize import normalize
 from ._statistics import Reduction, Settings
 from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike
 
 
+@answers_names
 def standardize(
     x: Shaped[AnyArray, "*shape"],
     axes: Axes = -1,
@@ -57,9 +60,10 @@ def standardize(
 
     - `x`: an array of any rank.
     - `axes`: the axes that mean and variance are taken over; `()` for named axes alone.
-    - `mask`: boolean, broadcastable to `x`. Where it is `False`, `x` does not count for
-        mean and variance, whatever it holds. It is normalised all the same; what is not
-        finite there counts as zero. Where nothing counts, the bias comes out.
+    - `mask`: boolean, broadcastable to `x`: `mask[..., None]` if it has no axis of
+        features. Where it is `False`, `x` does not count for mean and variance, whatever it
+        holds. It is normalised all the same; what is not finite there counts as zero. Where
+        nothing counts, the bias comes out.
     - `scale`, `bias`: $\gamma$ and $\beta$, each broadcastable to `x`.
     - `scale_offset`: added to `scale` in the precision of the statistics; without a `scale`
         it has no effect.
@@ -98,6 +102,7 @@ def standardize(
     )
     axes = check_axes(axes, layer=name, argument="axes")
     reduction = Reduction(canonicalize_axes(axes, x.ndim, layer=name, argument="axes"))
+    check_mask_axes(inputs.mask, x.shape, reduction, layer=name)
     remedy = "Name one in `axes`, or an `axis_name`."
     check_reduction(reduction, names, x.shape, layer=name, remedy=remedy)
     settings = Settings(
