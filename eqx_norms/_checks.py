@@ -136,7 +136,7 @@ def check_reduction_axes(
 def check_reduction(
     reduction: Reduction, names: Names | None, shape: Shape, *, layer: str, remedy: str
 ):
-    if not reduction.axes and reduction.groups is None and names is None:
+    if not reduction.axes and reduction.blocks is None and names is None:
         raise ValueError(
             f"{layer}: no axis left to take statistics over in an input of shape {shape}. "
             f"{remedy}"
@@ -327,7 +327,8 @@ def check_broadcasts(array: Array, x: Array, *, layer: str, argument: str):
     if array.ndim > x.ndim or not fits(range(x.ndim - array.ndim, x.ndim)):
         # Which axes would fit: the first ones, if they do.
         axes = next(filter(fits, itertools.combinations(range(x.ndim), array.ndim)), ())
-        index = [":" if axis in axes else "None" for axis in range(*axes[:1], x.ndim)]
+        start = axes[0] if axes else 0
+        index = [":" if axis in axes else "None" for axis in range(start, x.ndim)]
         remedy = f"`{argument}[..., {', '.join(index).lstrip(', :')}]`, for example"
         raise ValueError(
             f"{layer}: `{argument}` of shape {array.shape} does not broadcast to the "
@@ -344,7 +345,7 @@ def check_mask_axes(mask: Array | None, shape: Shape, reduction: Reduction, *, l
     if mask is None or not missing or mask.shape != shape[:-missing]:
         return
     varies = {missing + axis for axis, size in enumerate(mask.shape) if size != 1}
-    if varies and varies.isdisjoint((*reduction.axes, *(reduction.groups or ())[:1])):
+    if varies and varies.isdisjoint((*reduction.axes, *(reduction.blocks or ())[:1])):
         nones = ", ".join(["None"] * missing)
         raise ValueError(
             f"{layer}: `mask` of shape {mask.shape} fits the first axes of the input's "
@@ -381,15 +382,15 @@ def split_key(key: PRNGKeyArray, number: int, *, layer: str) -> list[PRNGKeyArra
 def check_inputs(
     x: Array,
     mask: Any,
-    scale: tuple[Any, Any],
-    bias: tuple[Any, Any],
+    scale: tuple[Any, ...],
+    bias: tuple[Any, ...],
     *,
     feature_axes: tuple[int, ...],
     dtype: ResultDType,
     layer: str,
 ) -> tuple[Inputs, np.dtype]:
     """The arrays of a call, checked, and the dtype of its result. Of the scales and biases
-    the first is the layer's own, the second that of the call."""
+    the last is that of the call, and what is before it the layer's own."""
 
     def optional(argument: str, *values: Any) -> tuple[Array | None, ...]:
         return tuple(
@@ -403,8 +404,9 @@ def check_inputs(
         check_mask(mask, layer=layer)
         check_broadcasts(mask, x, layer=layer, argument="mask")
     features = feature_shape(x.shape, feature_axes)
-    for argument, (_, given) in (("scale", scales), ("bias", biases)):
-        if given is not None and given.shape != features:
-            check_broadcasts(given, x, layer=layer, argument=argument)
+    for argument, terms in (("scale", scales), ("bias", biases)):
+        for term in terms[-1:]:
+            if term is not None and term.shape != features:
+                check_broadcasts(term, x, layer=layer, argument=argument)
     dtype = result_dtype(dtype, x, *scales, *biases, layer=layer)
     return Inputs(x, mask, scales, biases), dtype

@@ -18,20 +18,16 @@ from ._checks import (
     check_features,
     check_flag,
     check_groups,
-    check_inputs,
-    check_mask_axes,
     check_names,
     check_num_features,
-    check_reduction,
     check_result_dtype,
     check_scale_offset,
 )
-from ._collectives import Members, bound_members
 from ._dtypes import ResultDType
 from ._names import AnswersNames
-from ._normalize import normalize
+from ._standardize import compute, prepare
 from ._state import check_optional_state
-from ._statistics import Inputs, Reduction, Settings
+from ._statistics import Inputs, Reduction, Settings, Statistics
 from ._types import AnyArray, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
 
 
@@ -134,60 +130,49 @@ class AbstractNorm(AnswersNames, eqx.Module):
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
         """What the statistics of an input of this shape are over."""
 
-    def _check(
+    def _prepare(
         self,
         x: AnyArray,
         mask: AnyArray | None,
         scale: AnyArray | None,
         bias: AnyArray | None,
         features: Shape | None,
-    ) -> tuple[Inputs, Settings]:
-        """Checks the arrays of a call. Returns them and its static settings. `features` is
-        the feature shape that is required, `None` if any will do."""
+        *,
+        given: Statistics | None = None,
+        may_be_alone: bool = False,
+    ) -> tuple[Settings, Inputs]:
+        """Checks the arrays of a call. Returns what `compute` takes. `features` is the
+        feature shape that is required, `None` if any will do. `may_be_alone` says that
+        statistics of one position each are not refused."""
         name = type(self).__name__
         argument, axes = self._layout()
         x = as_array(x, layer=name, argument="x")
         axes = canonicalize_axes(axes, x.ndim, layer=name, argument=argument)
         if features is not None:
             check_features(features, x.shape, axes, self._arguments, layer=name)
-        inputs, dtype = check_inputs(
+        return prepare(
             x,
-            mask,
-            (self.scale, scale),
-            (self.bias, bias),
-            feature_axes=axes,
-            dtype=self.dtype,
+            self._reduction(x.shape, axes),
             layer=name,
-        )
-        reduction = self._reduction(x.shape, axes)
-        check_mask_axes(inputs.mask, x.shape, reduction, layer=name)
-        return inputs, Settings(
-            reduction,
+            mask=mask,
+            scale=(self.scale, scale),
+            bias=(self.bias, bias),
             feature_axes=axes,
-            dtype=dtype,
+            given=given,
+            dtype=self.dtype,
             epsilon=self.epsilon,
             scale_offset=self.scale_offset,
             subtract_mean=self._subtract_mean,
             use_fast_variance=self.use_fast_variance,
+            names=self.axis_name,
+            groups=self.axis_index_groups,
+            remedy=self._remedy,
+            alone="" if may_be_alone else self._alone,
         )
-
-    def _members(self, settings: Settings, x: Array) -> Members:
-        """Checks that there is an axis to take statistics over. Returns those that share
-        the statistics."""
-        layer, names, reduction = type(self).__name__, self.axis_name, settings.reduction
-        check_reduction(reduction, names, x.shape, layer=layer, remedy=self._remedy)
-        members = bound_members(names, self.axis_index_groups, x, layer=layer)
-        if self._alone and reduction.size(x.shape) * members.size == 1:
-            raise ValueError(
-                f"{layer}: needs more than one position for each mean and variance, got an "
-                f"input of shape {x.shape}, where each is of one: the result would be the "
-                f"bias, whatever the input. {self._alone}"
-            )
-        return members
 
 
 class AbstractExampleNorm(AbstractNorm):
-    """A layer whose statistics are those of its input alone."""
+    """A layer without running statistics: it normalises in evaluation as in training."""
 
     @overload
     def __call__(
@@ -249,7 +234,5 @@ class AbstractExampleNorm(AbstractNorm):
         del key
         check_optional_state(state, layer=type(self).__name__)
         with jax.named_scope(f"eqx_norms.{type(self).__name__}"):
-            inputs, settings = self._check(x, mask, scale, bias, self._features())
-            members = self._members(settings, inputs.x)
-            y, _ = normalize(settings, inputs._replace(members=members))
+            y, _ = compute(*self._prepare(x, mask, scale, bias, self._features()))
         return y if state is None else (y, state)

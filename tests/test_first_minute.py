@@ -248,7 +248,7 @@ MISTAKES = [
     (
         a_batch_of_one,
         ValueError,
-        r"BatchNorm: training needs more than one position for each feature, got an input "
+        r"BatchNorm: needs more than one position for each mean and variance, got an input "
         r"of shape \(1, 3\).*`equinox.nn.inference_mode`",
         None,
     ),
