@@ -327,8 +327,8 @@ def check_broadcasts(array: Array, x: Array, *, layer: str, argument: str):
     if array.ndim > x.ndim or not fits(range(x.ndim - array.ndim, x.ndim)):
         # Which axes would fit: the first ones, if they do.
         axes = next(filter(fits, itertools.combinations(range(x.ndim), array.ndim)), ())
-        start = axes[0] if axes else 0
-        index = [":" if axis in axes else "None" for axis in range(start, x.ndim)]
+        rest = range(min(axes, default=0), x.ndim)
+        index = [":" if axis in axes else "None" for axis in rest]
         remedy = f"`{argument}[..., {', '.join(index).lstrip(', :')}]`, for example"
         raise ValueError(
             f"{layer}: `{argument}` of shape {array.shape} does not broadcast to the "

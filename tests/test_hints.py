@@ -169,7 +169,7 @@ def mask_of(shape):
 
 
 @pytest.mark.parametrize(("shape", "index", "result"), MASKS, ids=str)
-@pytest.mark.parametrize("name", [*(case.name for case in NORMS), "standardize"])
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm", "standardize"])
 def test_mask_that_does_not_fit(name, shape, index, result):
     x, mask = normal(1, (4, 6, 8)), mask_of(shape)
     if name == "standardize":
