@@ -1,12 +1,12 @@
 from importlib import metadata as _metadata
 
 from . import convert as convert
-from ._bake import bake as bake
 from ._batch_norm import BatchNorm as BatchNorm
-from ._batch_norm import freeze as freeze
-from ._batch_norm import unfreeze as unfreeze
-from ._fold import fold_batch_norm as fold_batch_norm
-from ._fold import fold_batch_norms as fold_batch_norms
+from ._deploy import bake as bake
+from ._deploy import fold_batch_norm as fold_batch_norm
+from ._deploy import fold_batch_norms as fold_batch_norms
+from ._freeze import freeze as freeze
+from ._freeze import unfreeze as unfreeze
 from ._group_norm import GroupNorm as GroupNorm
 from ._instance_norm import InstanceNorm as InstanceNorm
 from ._layer import AbstractNorm as AbstractNorm

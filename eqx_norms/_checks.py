@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from ._axes import feature_shape, other_axes
 from ._collectives import Groups, Names
@@ -367,16 +367,6 @@ def as_array(value: Any, *, layer: str, argument: str) -> Array:
         f"{layer}: `{argument}` must be an array of numbers, got one of type "
         f"{type(value).__name__}{dtype}. Give a `jax.Array` of floats."
     ) from cause
-
-
-def split_key(key: PRNGKeyArray, number: int, *, layer: str) -> list[PRNGKeyArray]:
-    try:
-        return list(jax.random.split(key, number))
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{layer}: `key` must be a single random key, got {key!r}. Make one with "
-            "`jax.random.key(0)`, for example."
-        ) from None
 
 
 def check_inputs(

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from equinox.nn import State
 
-from ._batch_norm import BatchNorm, find_batch_norms
+from ._batch_norm import BatchNorm
+from ._freeze import find_batch_norms
 from ._running import PooledStats, RunningStats
 from ._state import get_state
 from ._trees import map_nodes

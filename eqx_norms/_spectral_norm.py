@@ -10,8 +10,9 @@ from equinox.nn import State, StateIndex
 from jax import lax
 from jaxtyping import Array, Float, Inexact, PRNGKeyArray
 
-from ._checks import check_dtype, check_flag, check_integer, split_key
+from ._checks import check_dtype, check_flag, check_integer
 from ._dtypes import promote, real_dtype, result_dtype
+from ._layer import split_key
 from ._sharding import shard_like
 from ._state import (
     check_precision,

@@ -10,10 +10,10 @@ from equinox.nn import State
 from jax.nn.initializers import ones
 from jaxtyping import Array, Inexact, PRNGKeyArray
 
-from ._affine import init_affine
 from ._axes import feature_shape, to_feature_order
-from ._checks import check_flag, split_key
+from ._checks import check_flag
 from ._dtypes import promote, result_dtype
+from ._layer import init_affine, split_key
 from ._standardize import compute
 from ._statistics import Inputs, Reduction, Settings, abs_square
 from ._trees import find_nodes

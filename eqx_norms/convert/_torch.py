@@ -6,7 +6,8 @@ import numpy as np
 from equinox.nn import State
 from jaxtyping import Array
 
-from .._batch_norm import BatchNorm, freeze
+from .._batch_norm import BatchNorm
+from .._freeze import freeze
 from .._group_norm import GroupNorm
 from .._instance_norm import InstanceNorm
 from .._layer import AbstractNorm
