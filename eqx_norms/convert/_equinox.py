@@ -123,22 +123,31 @@ def replace_norms(
     !!! example
 
         ```python
-        class ChannelNorm(eqx.Module):
+        class LlamaNorm(eqx.Module):
             weight: jax.Array
 
             def __call__(self, x):
-                y = (x - jnp.mean(x, 0)) / jnp.sqrt(jnp.var(x, 0) + 1e-6)
-                return self.weight[:, None] * y
+                y = x.astype(jnp.float32)
+                y = y * jax.lax.rsqrt(jnp.mean(y**2, -1, keepdims=True) + 1e-6)
+                return self.weight * y.astype(x.dtype)
+
+        class ScaledLast(eqx.Module):
+            norm: en.RMSNorm
+            weight: jax.Array
+
+            def __call__(self, x):
+                return self.weight * self.norm(x)
 
         def renew(layer):
-            new = en.LayerNorm(
-                layer.weight.size, reduction_axes=0, feature_axes=0, use_bias=False
-            )
-            return eqx.tree_at(lambda new: new.scale, new, layer.weight)
+            norm = en.RMSNorm(layer.weight.size, use_scale=False, dtype="input")
+            return ScaledLast(norm, layer.weight)
 
-        model = [eqx.nn.LayerNorm(4), ChannelNorm(jnp.ones(3))]
-        model = en.replace_norms(model, rules={ChannelNorm: renew})
+        model = [eqx.nn.LayerNorm(4), LlamaNorm(jnp.ones(4))]
+        model = en.replace_norms(model, rules={LlamaNorm: renew})
         ```
+
+    A rule for a layer with a state gets that by the way: `rules={MyNorm: lambda layer:
+    renew(layer, state)}` reads `state.get(layer.index)`.
 
     A layer that cannot be converted is left and listed too: a `GroupNorm` that does not
     say how many channels it has; one whose weight is tied to another by

@@ -254,7 +254,7 @@ def _batch_norm(layer: Any, path: KeyPath, conversion: _ToEquinox) -> eqx.nn.Bat
             f"BatchNorm: that of `equinox.nn` divides by zero for `momentum={momentum}`."
         )
     count = jnp.max(stats.count, -1).astype(jnp.array(0).dtype)
-    count = jnp.where((count == 0) | (momentum**count == 0), count, many)
+    count = jnp.where((count == 0) | (momentum ** count.astype(float) == 0), count, many)
     names = layer.axis_name or ()
     (size,) = as_tuple(layer.num_features)
     new = eqx.nn.BatchNorm(
