@@ -20,7 +20,9 @@ class OwnBatchNorm(eqx.nn.StatefulLayer):
     weight: jax.Array
 
     def __init__(self, size):
-        self.mean, self.var = (eqx.nn.StateIndex(jnp.full(size, n)) for n in (0.0, 1.0))
+        self.mean, self.var = (
+            eqx.nn.StateIndex(jnp.full(size, n, jnp.float32)) for n in (0, 1)
+        )
         self.weight = jnp.ones(size)
 
     def __call__(self, x, state, *, key=None):
@@ -33,7 +35,9 @@ def test_a_rule_that_reads_the_state():
     make = lambda: eqx.nn.Sequential([OwnBatchNorm(3), OwnBatchNorm(3)])  # noqa: E731
     model, state = eqx.nn.make_with_state(make)()
     for i, layer in enumerate(model.layers):
-        state = state.set(layer.mean, jnp.arange(3.0) + i).set(layer.var, jnp.full(3, 2.0))
+        state = state.set(layer.mean, jnp.arange(3.0) + i).set(
+            layer.var, jnp.full(3, 2.0, jnp.float32)
+        )
     model = eqx.tree_at(lambda m: m[0].weight, model, jnp.array([1.0, 2.0, 3.0]))
 
     def renew(layer):
