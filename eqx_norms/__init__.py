@@ -22,6 +22,7 @@ from ._standardize import moments as moments
 from ._standardize import standardize as standardize
 from ._weight_norm import WeightNorm as WeightNorm
 from .convert import replace_norms as replace_norms
+from .convert import restore_norms as restore_norms
 
 
 try:
