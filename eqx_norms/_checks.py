@@ -281,7 +281,8 @@ def check_broadcasts(array: Array, x: Array, *, layer: str, argument: str):
 def as_array(value: Any, *, layer: str, argument: str) -> Array:
     cause = None
     try:
-        array = jnp.asarray(value)
+        # A cast to its own dtype looks at the values, if `jax_debug_nans` is set.
+        array = value if isinstance(value, jax.Array) else jnp.asarray(value)
         if not jnp.issubdtype(array.dtype, jax.dtypes.extended):
             return array
     except (TypeError, ValueError, OverflowError) as error:
