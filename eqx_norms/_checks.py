@@ -357,7 +357,8 @@ def check_mask_axes(mask: Array | None, shape: Shape, reduction: Reduction, *, l
 def as_array(value: Any, *, layer: str, argument: str) -> Array:
     cause = None
     try:
-        array = jnp.asarray(value)
+        # A cast to its own dtype looks at the values, if `jax_debug_nans` is set.
+        array = value if isinstance(value, jax.Array) else jnp.asarray(value)
         if not jnp.issubdtype(array.dtype, jax.dtypes.extended):
             return array
     except (TypeError, ValueError, OverflowError) as error:

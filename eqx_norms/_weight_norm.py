@@ -142,7 +142,7 @@ class WeightNorm(AbstractWrapper[Layer]):
 
     def _normalized(self, weight: Array, scale: Array | None) -> Array:
         axes, reduction = self._reduction(weight)
-        size = reduction.size(weight.shape)
+        size = max(reduction.size(weight.shape), 1)
         dtype = result_dtype(self.dtype, weight, scale, layer=type(self).__name__)
         wide = promote(weight.dtype, dtype, jnp.float32)
         length = jnp.ones((), wide) if scale is None else scale.astype(wide)
