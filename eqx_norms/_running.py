@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Inexact, Int
 
 from ._axes import to_feature_order
+from ._checks import Check
 from ._dtypes import cast, promote, real_dtype
 from ._sharding import shard_like
 from ._state import get_state
@@ -64,10 +65,10 @@ def get_stats(
     features: Shape | None,
     feature_axes: tuple[int, ...],
     *,
-    layer: str,
+    check: Check,
 ) -> Stats:
     """The running statistics in `state`, for features of this shape if it is known."""
-    stats = get_state(state, index, layer=layer)
+    stats = get_state(state, index, check=check)
     received = stats.mean.shape
     if features is None:
         wanted, fits = (
@@ -77,8 +78,8 @@ def get_stats(
     else:
         wanted, fits = features, received == features
     if not fits:
-        raise ValueError(
-            f"{layer}: the running statistics in `state` have shape {received}, the "
+        raise check.error(
+            f"the running statistics in `state` have shape {received}, the "
             f"layer's features {wanted}. Was `state` made for another model, or left "
             "out of the axes of a `vmap`? Write `jax.vmap(model, in_axes=(0, None), "
             "out_axes=(0, None), axis_name=...)(x, state)`."
