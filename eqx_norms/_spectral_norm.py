@@ -216,7 +216,7 @@ class SpectralNorm(AbstractWrapper[Layer]):
         self, state: State, accuracy: float, max_steps: int
     ) -> tuple[SpectralStats, ...]:
         """What is stored, converged for the weights as they are."""
-        stats = get_state(state, self.state_index, layer=type(self).__name__)
+        stats = self.spectral_stats(state)
         find = ft.partial(self._converged, accuracy, max_steps)
         return tuple(map(ft.partial(over_stacks, find), self._weights(), self.ranks, stats))
 
@@ -281,7 +281,7 @@ class SpectralNorm(AbstractWrapper[Layer]):
         narrower than float32; what the layer raises.
         """
         name = type(self).__name__
-        stats = get_state(state, self.state_index, layer=name)
+        stats = self.spectral_stats(state)
         weights = self._weights()
         if self._updates(update_stats):
             check_precision(stats, layer=name)
@@ -305,7 +305,7 @@ class SpectralNorm(AbstractWrapper[Layer]):
 
     def _evaluation(self, state: State | None) -> Iterable[Array]:
         if state is not None:
-            stats = get_state(state, self.state_index, layer=type(self).__name__)
+            stats = self.spectral_stats(state)
         else:
             try:
                 stats = initial_state(self.state_index)
@@ -321,7 +321,8 @@ class SpectralNorm(AbstractWrapper[Layer]):
     def spectral_stats(self, state: State) -> tuple[SpectralStats, ...]:
         """What `state` holds for this layer, weight by weight in the order of the field
         `weights`."""
-        return get_state(state, self.state_index, layer=type(self).__name__)
+        stats = get_state(state, self.state_index, layer=type(self).__name__)
+        return jax.tree.map(jnp.asarray, stats)
 
 
 def converge_spectral_norms(
