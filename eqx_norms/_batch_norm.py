@@ -1,9 +1,12 @@
+import warnings
 from typing import Any, ClassVar, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from equinox.nn import State, StatefulLayer, StateIndex
+from jax.core import Tracer
 from jax.nn.initializers import ones, zeros
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
@@ -133,7 +136,8 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap`
             or `jax.shard_map` that the statistics are taken over too. Without it each
             example of a `vmap` has statistics of its own, and JAX refuses `out_axes=None`
-            for the state, "output was batched".
+            for the state: "output was batched", or, where the axis has a name, "vmap has
+            mapped output (axis_name=batch) but out_axes is None".
         - `axis_index_groups`: lists of indices along the axis `axis_name`, which must be
             one name. The lists have one length, and each index is in exactly one of them.
             Each list is a group, and is normalised with statistics of its own. The running
@@ -223,6 +227,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         )
         inputs, settings = self._check(x, mask, scale, bias, running.mean.shape)
         if self._evaluates(use_running_average):
+            _warn_if_new(running, layer=name)
             given = Moments(running.mean, running.var)
             return normalize(settings, inputs._replace(moments=given))[0], state
 
@@ -273,6 +278,32 @@ class BatchNorm(AbstractNorm, StatefulLayer):
     def running_stats(self, state: State) -> RunningStats:
         """The running statistics that `state` holds for this layer."""
         return get_state(state, self.state_index, layer=type(self).__name__)
+
+
+def _warn_if_new(stats: Any, *, layer: str) -> None:
+    """For running statistics that no batch has entered. What was loaded from elsewhere may
+    have a count of zero too, but not what a layer starts with. Nothing is said of values
+    that are traced, or split over devices."""
+
+    def is_all(array: Any, value: int) -> bool:
+        if isinstance(array, Tracer):
+            return False
+        whole = getattr(array, "is_fully_replicated", True)
+        return whole and bool(np.all(jax.device_get(array) == value))
+
+    if (
+        isinstance(stats, RunningStats)
+        and is_all(stats.count, 0)
+        and is_all(stats.mean, 0)
+        and is_all(stats.var, 1)
+    ):
+        warnings.warn(
+            f"{layer}: evaluates with running statistics that no batch has entered, mean 0 "
+            "and variance 1: the input is not normalised. Train first and keep the state "
+            "that each call returns, load the state together with the model, or use "
+            "`eqx_norms.recalibrate`.",
+            stacklevel=2,
+        )
 
 
 def freeze(model: Model) -> Model:
