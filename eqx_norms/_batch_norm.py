@@ -9,7 +9,15 @@ from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
 from ._axes import other_axes
 from ._layer import AbstractNorm
-from ._running import PooledStats, RunningStats, Step, get_stats, init_stats, update
+from ._running import (
+    PooledStats,
+    RunningStats,
+    Step,
+    get_stats,
+    init_stats,
+    update,
+    warn_if_new,
+)
 from ._standardize import compute
 from ._state import check_precision, get_state, needs_state, set_state
 from ._statistics import Reduction, Statistics
@@ -133,7 +141,8 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap`
             or `jax.shard_map` that the statistics are taken over too. Without it each
             example of a `vmap` has statistics of its own, and JAX refuses `out_axes=None`
-            for the state, "output was batched".
+            for the state: "output was batched", or, where the axis has a name, "vmap has
+            mapped output (axis_name=batch) but out_axes is None".
         - `axis_index_groups`: lists of indices along the axis `axis_name`, which must be
             one name. The lists have one length, and each index is in exactly one of them.
             Each list is a group, and is normalised with statistics of its own. The running
@@ -232,6 +241,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             may_be_alone=mask is not None or isinstance(running, PooledStats),
         )
         if evaluates:
+            warn_if_new(running, check=check)
             return compute(settings, inputs)[0], state
 
         check_precision(running, check=check)

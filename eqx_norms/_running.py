@@ -2,13 +2,16 @@
 
 import functools
 import math
+import warnings
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from equinox.nn import State, StateIndex
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Inexact, Int
 
 from ._axes import to_feature_order
@@ -85,6 +88,32 @@ def get_stats(
             "out_axes=(0, None), axis_name=...)(x, state)`."
         )
     return stats
+
+
+def warn_if_new(stats: Any, *, check: Check) -> None:
+    """For running statistics that no batch has entered. What was loaded from elsewhere may
+    have a count of zero too, but not what a layer starts with. Nothing is said of values
+    that are traced, or split over devices."""
+
+    def is_all(array: Any, value: int) -> bool:
+        if isinstance(array, Tracer):
+            return False
+        whole = getattr(array, "is_fully_replicated", True)
+        return whole and bool(np.all(jax.device_get(array) == value))
+
+    if (
+        isinstance(stats, RunningStats)
+        and is_all(stats.count, 0)
+        and is_all(stats.mean, 0)
+        and is_all(stats.var, 1)
+    ):
+        warnings.warn(
+            f"{check.name}: evaluates with running statistics that no batch has entered, "
+            "mean 0 and variance 1: the input is not normalised. Train first and keep the "
+            "state that each call returns, load the state together with the model, or use "
+            "`eqx_norms.recalibrate`.",
+            stacklevel=3,
+        )
 
 
 class Step(NamedTuple):

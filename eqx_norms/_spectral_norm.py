@@ -282,7 +282,7 @@ class SpectralNorm(AbstractWrapper[Layer]):
         narrower than float32; what the layer raises.
         """
         check = self._check
-        stats = get_state(state, self.state_index, check=check)
+        stats = self.spectral_stats(state)
         weights = self._weights()
         if self._updates(update_stats):
             check_precision(stats, check=check)

@@ -171,7 +171,9 @@ class WeightNorm(AbstractWrapper[Layer]):
         return self._call(new, x, *args, key=key, **kwargs)
 
     def _scales(self) -> tuple[Array | None, ...]:
-        return (None,) * len(self.weights) if self.scales is None else self.scales
+        if self.scales is None:
+            return (None,) * len(self.weights)
+        return tuple(map(jnp.asarray, self.scales))
 
     def _evaluation(self, state: State | None) -> Iterable[Array]:
         del state
