@@ -169,6 +169,10 @@ class AbstractNorm(AnswersNames, eqx.Module):
         self.scale_offset = check.scale_offset(scale_offset)
         return shape
 
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Normalises an array. Each layer says what else it takes and returns."""
+
     def _features(self) -> Shape | None:
         """The feature shape that `x` must have; inside `shard_map`, where scale and bias
         may be split, that of this device's part. `None` if any will do."""
