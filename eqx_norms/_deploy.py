@@ -16,18 +16,9 @@ from ._batch_norm import BatchNorm
 from ._checks import Check, as_tuple
 from ._dtypes import cast, promote
 from ._freeze import find_batch_norms
+from ._kinds import Kept, calls_as, kind, list_kept, type_name
 from ._state import get_state, remaining, with_entries
-from ._trees import (
-    KeyPath,
-    Left,
-    calls_as,
-    children,
-    find_nodes,
-    kind,
-    list_left,
-    map_children,
-    type_name,
-)
+from ._trees import KeyPath, children, find_nodes, map_children
 from ._wrapped import AbstractWrapper
 
 
@@ -239,7 +230,7 @@ def fold_batch_norms(model: Model, state: State) -> tuple[Model, State]:
         get_state(state, bn.state_index, check=check)
     folding = _Folding(state)
     folding.scan(model, ())
-    report = list_left(folding.left)
+    report = list_kept(folding.left)
     if not folding.folded:
         raise ValueError(f"fold_batch_norms: no BatchNorm can be folded.{report}")
     if folding.left:
@@ -257,15 +248,15 @@ class _Folding:
         self.state = state
         self.new: dict[KeyPath, Any] = {}
         self.folded: list[BatchNorm] = []
-        self.left: list[Left] = []
+        self.left: list[Kept] = []
 
     def scan(self, node: Any, path: KeyPath, why: str = "") -> None:
         """Folds what is in a node, unless there is a reason not to."""
         if isinstance(node, BatchNorm):
             why = why or "it is in no `equinox.nn.Sequential`, which says what it follows"
-            self.left.append(Left(path, node, why))
+            self.left.append(Kept(path, node, why))
         elif isinstance(node, eqx.nn.BatchNorm):
-            self.left.append(Left(path, node, "`replace_norms` makes one of ours of it"))
+            self.left.append(Kept(path, node, "`replace_norms` makes one of ours of it"))
         elif not why and kind(node, "equinox.nn", ("Sequential",), "__call__"):
             self._scan_links(node, path)
         else:
@@ -285,7 +276,7 @@ class _Folding:
                 try:
                     folded = self._fold(before, layer)
                 except ValueError as error:
-                    self.left.append(Left(where, layer, str(error)))
+                    self.left.append(Kept(where, layer, str(error)))
                 else:
                     assert before is not None
                     self.folded.append(layer)

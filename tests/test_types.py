@@ -66,6 +66,27 @@ def test_abstract_norm():
     assert_type(en.__version__, str)
 
 
+def test_a_field_for_any_norm():
+    class Block(eqx.Module):
+        norm: en.AbstractNorm
+
+        def __call__(self, x: Array) -> Array:
+            return self.norm(x)
+
+    assert_type(Block(en.LayerNorm(4))(X), Array)
+    assert Block(en.RMSNorm(4))(X).shape == X.shape
+
+
+def test_moments():
+    assert_type(en.standardize(X), Array)
+    assert_type(en.standardize(X, return_moments=True), tuple[Array, en.Moments])
+    found = en.moments(X)
+    assert_type(en.standardize(X, mean=found.mean, var=found.var), Array)
+    mean, var, positions = found
+    for part in (mean, var, positions):
+        assert_type(part, Array)
+
+
 def test_fields():
     layer = en.LayerNorm(
         (4, 4), feature_axes=(-1, -2), reduction_axes=-1, dtype=jnp.float32

@@ -12,10 +12,10 @@ from jaxtyping import Array
 from .._batch_norm import BatchNorm
 from .._checks import as_tuple
 from .._dtypes import cast, promote, real_dtype
+from .._kinds import type_name
 from .._layer import AbstractNorm
 from .._rms_norm import RMSNorm
 from .._running import RunningStats
-from .._trees import type_name
 from .._types import Shape
 
 

@@ -10,19 +10,10 @@ from equinox.nn import Shared, State, StateIndex
 from jax.tree_util import GetAttrKey
 
 from .._checks import Check
+from .._kinds import Kept, calls_as, kind, list_kept, type_name
 from .._layer import AbstractNorm
 from .._state import get_state, initial_state, markers, remaining, with_entries
-from .._trees import (
-    KeyPath,
-    Left,
-    calls_as,
-    find_nodes,
-    kind,
-    list_left,
-    map_children,
-    map_nodes,
-    type_name,
-)
+from .._trees import KeyPath, find_nodes, map_children, map_nodes
 from .._wrapped import AbstractWrapper
 
 
@@ -48,7 +39,7 @@ class Conversion:
         self.state = state
         self.rules = rules
         self.replaced: list[tuple[KeyPath, Any]] = []
-        self.left: list[Left] = []
+        self.left: list[Kept] = []
         # How many norms there were so far, whatever became of them.
         self.met = 0
         # By marker, what new layers keep in the place of old ones.
@@ -74,7 +65,7 @@ class Conversion:
             except ValueError as error:
                 # What is in it is tried once more, by itself.
                 del self.replaced[done:], self.left[left:]
-                self.left.append(Left(path, node, str(error)))
+                self.left.append(Kept(path, node, str(error)))
             else:
                 self.replaced.append((path, node))
                 return new
@@ -84,13 +75,13 @@ class Conversion:
                 f"{type_name(node)} around it refers to fields by names that would change. "
                 "Convert the layer first, and put that around it then"
             )
-            self.left += [Left(*each, why) for each in self.replaced[done:]]
+            self.left += [Kept(*each, why) for each in self.replaced[done:]]
             del self.replaced[done:]
             new = node
         why = self.resemblance(node, self.met > met)
         if why is not None:
             self.met += 1
-            self.left.append(Left(path, node, why))
+            self.left.append(Kept(path, node, why))
         self.met += isinstance(node, (AbstractNorm, AbstractWrapper))
         return new
 
@@ -168,7 +159,7 @@ class Conversion:
     def _report(self) -> str:
         if not self.left:
             return ""
-        return " Left as they are:" + list_left(self.left) + self.remedy
+        return " Left as they are:" + list_kept(self.left) + self.remedy
 
     def warn(self, source: str, stacklevel: int = 3) -> None:
         if self.left:
@@ -189,11 +180,11 @@ def _apply(rule: Callable[[Any], Any], layer: Any, path: KeyPath) -> Any:
     try:
         new = rule(layer)
     except Exception as error:
-        where = list_left([Left(path, layer, "the rule for it raised this.")])
+        where = list_kept([Kept(path, layer, "the rule for it raised this.")])
         error.add_note(f"replace_norms:{where}")
         raise
     if new is None:
-        where = list_left([Left(path, layer, "the rule for it returned `None`.")])
+        where = list_kept([Kept(path, layer, "the rule for it returned `None`.")])
         raise ValueError(
             f"replace_norms: a rule must return a layer, or the one it was given:{where}"
         )

@@ -11,11 +11,12 @@ from jaxtyping import Array
 from .._batch_norm import BatchNorm
 from .._dtypes import promote
 from .._group_norm import GroupNorm
+from .._kinds import base, type_name
 from .._layer import AbstractNorm
 from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
 from .._spectral_norm import SpectralNorm, SpectralStats
-from .._trees import KeyPath, base, type_name
+from .._trees import KeyPath
 from .._types import AxisName
 from .._weight_norm import WeightNorm
 from .._wrapped import AbstractWrapper

@@ -11,9 +11,9 @@ from .._batch_norm import BatchNorm
 from .._checks import as_tuple
 from .._group_norm import GroupNorm
 from .._instance_norm import InstanceNorm
+from .._kinds import kind, type_name
 from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
-from .._trees import kind, type_name
 from .._types import AxisName
 from ._common import (
     as_num_features,

@@ -12,10 +12,11 @@ from jaxtyping import Array
 from .._checks import as_tuple
 from .._dtypes import promote
 from .._instance_norm import InstanceNorm
+from .._kinds import type_name
 from .._layer import AbstractNorm
 from .._rms_norm import RMSNorm
 from .._statistics import abs_square
-from .._trees import KeyPath, type_name
+from .._trees import KeyPath
 from .._wrapped import AbstractWrapper, is_stateful
 from ._common import with_state
 from ._conversion import Builders, Conversion, parameters

@@ -9,10 +9,10 @@ from .._batch_norm import BatchNorm
 from .._freeze import freeze
 from .._group_norm import GroupNorm
 from .._instance_norm import InstanceNorm
+from .._kinds import kind, type_name
 from .._layer import AbstractNorm
 from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
-from .._trees import kind, type_name
 from .._types import AxisName
 from .._wrapped import AbstractWrapper
 from ._common import (

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._dtypes import promote
+from .._kinds import base, kind, type_name
 from .._spectral_norm import SpectralNorm, SpectralStats
-from .._trees import base, kind, type_name
 from .._weight_norm import WeightNorm
 from ._common import check_entries, with_init, with_state
 
