@@ -15,6 +15,7 @@ from ._running import (
     Step,
     get_stats,
     init_stats,
+    pool,
     update,
     warn_if_new,
 )
@@ -260,8 +261,11 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             unbiased=self.use_unbiased_variance,
             debias=self.debias,
         )
-        running = update(step, running, batch)
-        return y, set_state(state, self.state_index, running)
+        if isinstance(running, PooledStats):
+            new = pool(step, running, batch)
+        else:
+            new = update(step, running, batch)
+        return y, set_state(state, self.state_index, new)
 
     def _evaluates(self, use_running_average: bool | None) -> bool:
         check = self._check

@@ -151,7 +151,7 @@ def fold_batch_norm(layer: Layer, bn: Any, state: State) -> Layer:
             f"along `axis={bn.axis}`."
         )
     # As the layer computes it, but on a vector, and without a cast at the end.
-    evaluation = _replace(bn, frozen=True, axis=(0,), dtype=None)
+    evaluation = _with_fields(bn, frozen=True, axis=(0,), dtype=None)
     dtype = promote(weight.dtype, jnp.float32)
     bias = jnp.zeros(outputs, dtype)
     if layer.bias is not None:
@@ -170,7 +170,7 @@ def fold_batch_norm(layer: Layer, bn: Any, state: State) -> Layer:
     new = weight.astype(factor.dtype) * factor.reshape(outputs, *trailing)
     # That of a convolution has the rank of an output.
     trailing = () if isinstance(layer, eqx.nn.Linear) else trailing[1:]
-    return _replace(
+    return _with_fields(
         layer,
         weight=cast(new, weight.dtype),
         bias=cast(bias, weight.dtype).reshape(outputs, *trailing),
@@ -324,7 +324,7 @@ def _links(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
         yield path, node
 
 
-def _replace(module: Any, **fields: Any) -> Any:
+def _with_fields(module: Any, **fields: Any) -> Any:
     """A copy with other fields, static ones among them, which `equinox.tree_at` cannot."""
     new = copy.copy(module)
     for name, value in fields.items():

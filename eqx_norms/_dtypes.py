@@ -29,7 +29,9 @@ def promote(*dtypes: DTypeLike | Array) -> np.dtype:
     # The promotion here is this library's contract, not an accident of the caller's:
     # `jax_numpy_dtype_promotion="strict"` must not forbid it.
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*(jnp.float32 if is_tiny(d) else d for d in dtypes))
+        return jnp.result_type(
+            *(jnp.float32 if is_tiny(dtype) else dtype for dtype in dtypes)
+        )
 
 
 def real_dtype(dtype: np.dtype) -> np.dtype:

@@ -85,7 +85,7 @@ def recalibrate(
     """
     layers = _layers(model)
     old = {name: layer.running_stats(state) for name, layer in layers.items()}
-    start = _replace(state, layers, {name: _start(old[name]) for name in layers})
+    start = _with_stats(state, layers, {name: _start(old[name]) for name in layers})
     model = map_nodes(_in_training, model, BatchNorm)
     totals = {name: _NOTHING for name in layers}
     number = 0
@@ -109,7 +109,7 @@ def recalibrate(
             "Use `eqx_norms.freeze` on those that are not to change."
         )
     stats = {name: _finish(layers[name], totals[name], old[name]) for name in layers}
-    return _replace(state, layers, stats)
+    return _with_stats(state, layers, stats)
 
 
 def _layers(model: Any) -> dict[str, BatchNorm]:
@@ -136,7 +136,7 @@ def _start(stats: RunningStats) -> PooledStats:
     return PooledStats(stats.mean, stats.var, jnp.zeros_like(stats.count))
 
 
-def _replace(
+def _with_stats(
     state: State,
     layers: dict[str, BatchNorm],
     stats: dict[str, PooledStats] | dict[str, RunningStats],

@@ -129,37 +129,51 @@ class Step(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def update(how: Step, old: Stats, batch: Statistics) -> Stats:
-    """Takes a batch in, or leaves a feature as it was where the batch says nothing of it.
+def update(how: Step, old: RunningStats, batch: Statistics) -> RunningStats:
+    """Takes a step towards the statistics of a batch, feature by feature."""
+    found = _as_stored(how, old, *_average(how, *_groups(how, batch)))
+    return _where_good(old, found, _stepped(how, old, *found[:2]))
 
-    The statistics of the batch are the same on all devices, so all devices decide alike.
-    """
+
+@functools.partial(jax.jit, static_argnums=0)
+def pool(how: Step, old: PooledStats, batch: Statistics) -> PooledStats:
+    """Joins a batch to what was seen before, each position counting once."""
+    found = _as_stored(how, old, *_pool(*_groups(how, batch)))
+    before = (old.mean, old.var, old.count.astype(found[2].dtype))
+    return _where_good(old, found, _pool(*map(jnp.stack, zip(before, found, strict=True))))
+
+
+def _groups(how: Step, batch: Statistics) -> tuple[Array, Array, Array]:
+    """Mean, variance and number of positions of each group of members, along axis 0."""
     mean, var, positions = batch.mean, batch.var, batch.positions
     assert mean is not None
-    count = (
-        jnp.full_like(var, how.size) if positions is None else positions.astype(var.dtype)
-    )
-    groups = mean, var, count
-    if not how.grouped:
-        groups = tuple(array[None] for array in groups)
-    pooled = isinstance(old, PooledStats)
-    of_batch = _pool(*groups) if pooled else _average(how, *groups)
-    # On an Explicit mesh the features may be sharded and the state not: it stays as it is.
+    if positions is None:
+        positions = jnp.full_like(var, how.size)
+    count = positions.astype(var.dtype)
+    return (mean, var, count) if how.grouped else (mean[None], var[None], count[None])
+
+
+def _as_stored(how: Step, old: Stats, *of_batch: Array) -> tuple[Array, Array, Array]:
+    """In the dtypes and the order of axes of what is stored, and split over devices as that
+    is: on an Explicit mesh the features may be sharded and the state not."""
+    dtypes = old.mean.dtype, old.var.dtype, old.var.dtype
     mean, var, count = (
-        shard_like(to_feature_order(cast(array, kind), how.feature_axes), old.count)
-        for array, kind in zip(
-            of_batch, (old.mean.dtype, old.var.dtype, old.var.dtype), strict=True
-        )
+        shard_like(to_feature_order(cast(array, dtype), how.feature_axes), old.count)
+        for array, dtype in zip(of_batch, dtypes, strict=True)
     )
+    return mean, var, count
+
+
+def _where_good(
+    old: Stats, found: tuple[Array, Array, Array], new: tuple[Array, Array, Array]
+) -> Stats:
+    """The new statistics, or the old ones where a batch says nothing of a feature. (What is
+    found of a batch is the same on all devices, so all devices decide alike.)"""
+    mean, var, count = found
     good = jnp.isfinite(mean) & jnp.isfinite(var) & (count > 0)
-    if pooled:
-        before = (old.mean, old.var, old.count.astype(count.dtype))
-        new = _pool(*map(jnp.stack, zip(before, (mean, var, count), strict=True)))
-    else:
-        new = _step(how, old, mean, var)
     stats = (
-        jnp.where(good, a.astype(b.dtype), b)
-        for a, b in zip(new, (old.mean, old.var, old.count), strict=True)
+        jnp.where(good, after.astype(before.dtype), before)
+        for after, before in zip(new, (old.mean, old.var, old.count), strict=True)
     )
     return lax.stop_gradient(type(old)(*stats))
 
@@ -192,7 +206,7 @@ def _weighted(mean: Array, var: Array, count: Array) -> tuple[Array, Array, Arra
     return mean, jnp.sum(share * var, 0), total
 
 
-def _step(
+def _stepped(
     how: Step, old: RunningStats, mean: Array, var: Array
 ) -> tuple[Array, Array, Array]:
     """The running statistics after a step towards the mean and variance of a batch."""
@@ -203,9 +217,10 @@ def _step(
     def blend(old, new):
         # What has no weight may be anything, not a number too.
         old = jnp.where(keep > 0, old, 0)
-        a, b = (jnp.asarray(weight, old.dtype) for weight in (keep, share))
+        kept, shared = (jnp.asarray(weight, old.dtype) for weight in (keep, share))
         # A difference that is rounded, not a sum: a million equal batches change nothing.
-        return jnp.where(share < 0.5, old + (b * new - b * old), a * old + b * new)
+        small = old + (shared * new - shared * old)
+        return jnp.where(share < 0.5, small, kept * old + shared * new)
 
     return blend(old.mean, mean), blend(old.var, var), old.count + 1
 

@@ -49,9 +49,9 @@ class SpectralStats(eqx.Module):
 
 
 def _sigma(weight: Array, stats: SpectralStats) -> Array:
-    vectors = (a.astype(weight.dtype) for a in (stats.u, stats.v))
+    vectors = (vector.astype(weight.dtype) for vector in (stats.u, stats.v))
     # An average of unit vectors is shorter than one.
-    u, v = (_unit(a, a, 0.0) for a in vectors)
+    u, v = (_unit(vector, vector, 0.0) for vector in vectors)
     # Of either sign where the vectors are those of another weight.
     return jnp.abs(jnp.sum(u.conj() * weight * v))
 
@@ -64,7 +64,7 @@ def _unit(vector: Array, old: Array, epsilon: float) -> Array:
     return jnp.where(good, unit, shard_like(old, vector))
 
 
-def _step(
+def _iterate(
     weight: Array,
     stats: SpectralStats,
     features: tuple[int, ...],
@@ -206,7 +206,7 @@ class SpectralNorm(AbstractWrapper[Layer]):
     def _update(self, weight: Array, old: SpectralStats, steps: int) -> SpectralStats:
         weight, stats = lax.stop_gradient(weight).astype(old.u.dtype), old
         for _ in range(steps):
-            stats = _step(weight, stats, *self._axes(weight), self.epsilon)
+            stats = _iterate(weight, stats, *self._axes(weight), self.epsilon)
         sigma = _sigma(weight, stats)
         sigma = jnp.where(jnp.isfinite(sigma), sigma, stats.sigma)
         # Sharded as before, so that a step can be the body of a scan.
@@ -244,7 +244,11 @@ class SpectralNorm(AbstractWrapper[Layer]):
         new, _ = lax.while_loop(is_far, go_on, (start, jnp.zeros((), int)))
         sigma = _sigma(weight, new)
         good = jnp.isfinite(sigma) & (sigma > self.epsilon)
-        return jax.tree.map(lambda a, b: jnp.where(good, shard_like(a, b), b), new, old)
+
+        def choose(new: Array, old: Array) -> Array:
+            return jnp.where(good, shard_like(new, old), old)
+
+        return jax.tree.map(choose, new, old)
 
     def _normalized(self, weight: Array, stats: SpectralStats) -> Array:
         wide = weight.astype(promote(weight.dtype, stats.u.dtype, jnp.float32))

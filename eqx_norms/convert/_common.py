@@ -36,7 +36,7 @@ def check_entries(
         )
 
 
-def check_scale_offset(layer: AbstractNorm, source: str):
+def require_no_offset(layer: AbstractNorm, source: str):
     if layer.scale_offset != 0:
         raise ValueError(
             f"{source}: `scale_offset={layer.scale_offset}` has no counterpart. Use "
@@ -64,7 +64,7 @@ def axes_order(axes: tuple[int, ...], source: str) -> list[int]:
     return np.argsort(axes).tolist()
 
 
-def feature_shape(layer: AbstractNorm, source: str) -> Shape:
+def features_in_order(layer: AbstractNorm, source: str) -> Shape:
     """In the order of the input's axes."""
     order = axes_order(feature_axes(layer), source)
     shape = as_tuple(layer.num_features)
@@ -116,7 +116,7 @@ def contents(layer: Any, state: State | None, source: str) -> dict[str, Array]:
             f"{source}: needs a `BatchNorm`, `LayerNorm`, `RMSNorm`, `GroupNorm` or "
             f"`InstanceNorm` of eqx_norms, got {type_name(layer)}."
         )
-    check_scale_offset(layer, source)
+    require_no_offset(layer, source)
     if isinstance(layer, RMSNorm) and layer.bias is not None:
         raise ValueError(f"{source}: there an RMSNorm has no bias, and this one has.")
     arrays: dict[str, Array | None] = {"scale": layer.scale, "bias": layer.bias}

@@ -21,7 +21,7 @@ from ._common import (
     check_entries,
     contents,
     feature_axes,
-    feature_shape,
+    features_in_order,
     running_stats,
     with_init,
     with_parameters,
@@ -221,7 +221,7 @@ def _fill(like: Any, entries: Mapping[str, Any]) -> Any:
             f"from_torch: `like` must be a layer of eqx_norms, got {type_name(like)}."
         )
     source = f"from_torch({type(like).__name__})"
-    shape = feature_shape(like, source)
+    shape = features_in_order(like, source)
     expected = {"weight": like.scale, "bias": like.bias}
     shapes = {name: shape for name, value in expected.items() if value is not None}
     if isinstance(like, BatchNorm):
