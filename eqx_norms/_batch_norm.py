@@ -248,9 +248,9 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         check_precision(running, check=check)
         if jnp.iscomplexobj(inputs.x) and not jnp.iscomplexobj(running.mean):
             raise check.error(
-                f"the running mean, of dtype {running.mean.dtype}, cannot hold "
-                f"that of complex input of dtype {inputs.x.dtype}. Give the layer a "
-                "complex `param_dtype`."
+                f"the running mean, of dtype {running.mean.dtype}, cannot hold that of "
+                f"complex input of dtype {inputs.x.dtype}. Give the layer a complex "
+                "`param_dtype`."
             )
         y, batch = compute(settings._replace(returns_statistics=True), inputs)
         step = Step(

@@ -359,8 +359,8 @@ class Check(NamedTuple):
             remedy = f": `{argument}[..., {', '.join(index).lstrip(', :')}]`, for example"
             raise self.error(
                 f"`{argument}` of shape {array.shape} does not broadcast to the input's "
-                f"shape {x.shape}. Give it axes of size 1 where it is to be repeated"
-                f"{remedy if axes else ''}."
+                f"shape {x.shape}. Give it axes of size 1 where it is to be "
+                f"repeated{remedy if axes else ''}."
             )
 
     def mask(self, mask: Array | None, x: Array, reduced: Sequence[int]) -> None:

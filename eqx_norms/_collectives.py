@@ -143,13 +143,13 @@ def bound_members(
         if groups is not None:
             if len(groups) > size:
                 raise check.error(
-                    f"`axis_index_groups` has {len(groups)} groups, more than "
-                    f"the {size} members of axis {name!r}."
+                    f"`axis_index_groups` has {len(groups)} groups, more than the {size} "
+                    f"members of axis {name!r}."
                 )
             if sorted(sum(groups, ())) != list(range(size)):
                 raise check.error(
-                    f"`axis_index_groups={groups}` must have each index of axis "
-                    f"{name!r}, 0 to {size - 1}, in exactly one group."
+                    f"`axis_index_groups={groups}` must have each index of axis {name!r}, "
+                    f"0 to {size - 1}, in exactly one group."
                 )
     # `pmap` is built on `shard_map`, so its names are found here as well.
     manual = jax.sharding.get_abstract_mesh().manual_axes

@@ -50,7 +50,7 @@ def find_batch_norms(model: Any, check: Check) -> dict[str, BatchNorm]:
     layers = find_nodes(model, BatchNorm)
     if not layers:
         raise check.error(
-            "there is no `eqx_norms.BatchNorm` in this model. Those of "
-            "`equinox.nn` become such by `eqx_norms.replace_norms`."
+            "there is no `eqx_norms.BatchNorm` in this model. Those of `equinox.nn` become "
+            "such by `eqx_norms.replace_norms`."
         )
     return layers

@@ -98,7 +98,7 @@ class GroupNorm(AbstractExampleNorm):
         (size,) = check.num_features(num_features, (feature_axis,))
         if (num_groups is None) == (group_size is None):
             raise check.error(
-                f"give `num_groups`, or `group_size` and `num_groups=None`, got "
+                "give `num_groups`, or `group_size` and `num_groups=None`, got "
                 f"`num_groups={num_groups}` and `group_size={group_size}`."
             )
         if num_groups is not None:

@@ -69,8 +69,8 @@ def _init(
         return None
     if not callable(init):
         raise check.error(
-            f"`{argument}` must be a function `(key, shape, dtype) -> array`, as "
-            f"in `jax.nn.initializers`, got one of type {type(init).__name__}."
+            f"`{argument}` must be a function `(key, shape, dtype) -> array`, as in "
+            f"`jax.nn.initializers`, got one of type {type(init).__name__}."
         )
     try:
         value = jnp.asarray(init(key, shape, dtype))
@@ -78,13 +78,13 @@ def _init(
         if key is not None:
             raise
         raise check.error(
-            f"`{argument}` failed without a random key. If it draws random "
-            "numbers, give the layer one: `key=jax.random.key(...)`."
+            f"`{argument}` failed without a random key. If it draws random numbers, give "
+            "the layer one: `key=jax.random.key(...)`."
         ) from error
     if value.shape != shape or value.dtype != dtype:
         raise check.error(
-            f"`{argument}` must return shape {shape} and dtype {dtype}, got "
-            f"shape {value.shape} and dtype {value.dtype}."
+            f"`{argument}` must return shape {shape} and dtype {dtype}, got shape "
+            f"{value.shape} and dtype {value.dtype}."
         )
     return value.astype(dtype)  # not weakly typed, whatever the initializer returned
 

@@ -97,16 +97,16 @@ def recalibrate(
         number += 1
     if number == 0:
         raise _CHECK.error(
-            "`batches` is empty. Give at least one batch; an iterator may "
-            "have been used up before."
+            "`batches` is empty. Give at least one batch; an iterator may have been used "
+            "up before."
         )
     missed = [name for name in layers if not np.any(totals[name].batches)]
     if missed:
         raise _CHECK.error(
-            f"nothing finite was counted in {number} batches for "
-            f"{', '.join(missed)}. `forward` must call each of these layers in training, "
-            "without `use_running_average=True`, and return the state that they return. "
-            "Use `eqx_norms.freeze` on those that are not to change."
+            f"nothing finite was counted in {number} batches for {', '.join(missed)}. "
+            "`forward` must call each of these layers in training, without "
+            "`use_running_average=True`, and return the state that they return. Use "
+            "`eqx_norms.freeze` on those that are not to change."
         )
     stats = {name: _finish(layers[name], totals[name], old[name]) for name in layers}
     return _with_stats(state, layers, stats)
@@ -119,8 +119,8 @@ def _layers(model: Any) -> dict[str, BatchNorm]:
     thawed = {name: layer for name, layer in layers.items() if not layer.frozen}
     if not thawed:
         raise _CHECK.error(
-            f"each `eqx_norms.BatchNorm` in this model, {', '.join(layers)}, "
-            "is frozen. Use `eqx_norms.unfreeze` on those to recalibrate."
+            f"each `eqx_norms.BatchNorm` in this model, {', '.join(layers)}, is frozen. "
+            "Use `eqx_norms.unfreeze` on those to recalibrate."
         )
     return thawed
 
@@ -157,9 +157,9 @@ def _check_kept(arguments: Any) -> None:
     leaves = jax.tree.leaves(arguments)
     if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
         raise _CHECK.error(
-            "`forward` must leave the model and the state that it is given as "
-            "they are, for the next batch, but it donated their arrays. Compile it without "
-            "donation: `eqx.filter_jit(forward)`."
+            "`forward` must leave the model and the state that it is given as they are, "
+            "for the next batch, but it donated their arrays. Compile it without donation: "
+            "`eqx.filter_jit(forward)`."
         )
 
 
@@ -170,8 +170,8 @@ def _pooled(
     if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], State)):
         kinds = [type(part).__name__ for part in out] if isinstance(out, tuple) else None
         raise _CHECK.error(
-            "`forward` must return a pair of anything and the new "
-            f"`equinox.nn.State`, got {type(out).__name__ if kinds is None else kinds}."
+            "`forward` must return a pair of anything and the new `equinox.nn.State`, got "
+            f"{type(out).__name__ if kinds is None else kinds}."
         )
     new = {
         name: get_state(out[1], layer.state_index, check=_CHECK)
@@ -180,14 +180,14 @@ def _pooled(
     for name, stats in new.items():
         if not isinstance(stats, PooledStats):
             raise _CHECK.error(
-                f"`forward` returned a state with other statistics of {name}. "
-                "It must return the state it is given, as the model updates it."
+                f"`forward` returned a state with other statistics of {name}. It must "
+                "return the state it is given, as the model updates it."
             )
         if stats.count.shape != old[name].count.shape:
             raise _CHECK.error(
-                f"`forward` returned statistics of shape {stats.count.shape} "
-                f"for {name}, expected {old[name].count.shape}. If it maps the model with "
-                "`jax.vmap`, its `out_axes` for the state must be `None`."
+                f"`forward` returned statistics of shape {stats.count.shape} for {name}, "
+                f"expected {old[name].count.shape}. If it maps the model with `jax.vmap`, "
+                "its `out_axes` for the state must be `None`."
             )
     return jax.device_get(new)
 

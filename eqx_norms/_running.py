@@ -82,10 +82,10 @@ def get_stats(
         wanted, fits = features, received == features
     if not fits:
         raise check.error(
-            f"the running statistics in `state` have shape {received}, the "
-            f"layer's features {wanted}. Was `state` made for another model, or left "
-            "out of the axes of a `vmap`? Write `jax.vmap(model, in_axes=(0, None), "
-            "out_axes=(0, None), axis_name=...)(x, state)`."
+            f"the running statistics in `state` have shape {received}, the layer's "
+            f"features {wanted}. Was `state` made for another model, or left out of the "
+            "axes of a `vmap`? Write `jax.vmap(model, in_axes=(0, None), out_axes=(0, "
+            "None), axis_name=...)(x, state)`."
         )
     return stats
 

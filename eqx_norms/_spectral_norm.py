@@ -158,8 +158,8 @@ class SpectralNorm(AbstractWrapper[Layer]):
         n_steps = check.integer(n_steps, "n_steps")
         if n_steps < 1:
             raise check.error(
-                f"`n_steps` must be at least 1, got {n_steps}. To leave the "
-                "singular vectors as they are, use `update_stats=False`."
+                f"`n_steps` must be at least 1, got {n_steps}. To leave the singular "
+                "vectors as they are, use `update_stats=False`."
             )
         self.n_steps = n_steps
         param_dtype = check.dtype(param_dtype, "param_dtype")
@@ -174,8 +174,8 @@ class SpectralNorm(AbstractWrapper[Layer]):
         if strict and any(weight.ndim != 2 for weight in weights):
             shapes = dict(zip(self.weights, (w.shape for w in weights), strict=True))
             raise check.error(
-                f"with `error_on_non_matrix=True` all weights must have two "
-                f"dimensions, got {shapes}."
+                "with `error_on_non_matrix=True` all weights must have two dimensions, got "
+                f"{shapes}."
             )
         keys = split_key(key, len(weights), check=check)
         self.state_index = StateIndex(
@@ -316,8 +316,8 @@ class SpectralNorm(AbstractWrapper[Layer]):
                 stats = initial_state(self.state_index)
             except ValueError:
                 raise self._check.error(
-                    "has its singular vectors in the model's "
-                    "`equinox.nn.State`. Give it too: `bake(model, state)`."
+                    "has its singular vectors in the model's `equinox.nn.State`. Give it "
+                    "too: `bake(model, state)`."
                 ) from None
         return map(
             ft.partial(over_stacks, self._normalized), self._weights(), self.ranks, stats
@@ -382,8 +382,8 @@ def converge_spectral_norms(
     how = check.number(accuracy, "accuracy"), check.integer(max_steps, "max_steps")
     if not (0 <= how[0] < 1 and how[1] > 0):
         raise check.error(
-            f"`accuracy` must be from 0 to 1, and `max_steps` positive, got "
-            f"{accuracy} and {max_steps}. Leave them out for the defaults."
+            f"`accuracy` must be from 0 to 1, and `max_steps` positive, got {accuracy} and "
+            f"{max_steps}. Leave them out for the defaults."
         )
 
     found = []

@@ -324,8 +324,8 @@ def _given(
     if mean is None or var is None:
         missing, remedy = ("mean", "zeros") if mean is None else ("var", "ones")
         raise check.error(
-            f"`mean` and `var` go together, got no `{missing}`. Give both, or "
-            f"neither to have them computed. To do without `{missing}`, give {remedy}."
+            f"`mean` and `var` go together, got no `{missing}`. Give both, or neither to "
+            f"have them computed. To do without `{missing}`, give {remedy}."
         )
     parts = []
     for argument, value in (("mean", mean), ("var", var)):
@@ -334,9 +334,9 @@ def _given(
         part = to_rank(part, x.ndim)
         if any(part.shape[axis] != 1 for axis in axes):
             raise check.error(
-                f"`{argument}` of shape {part.shape} must have size 1 along the "
-                f"axes {axes} of the input, of shape {x.shape}, which it is over. Give one "
-                f"like `jnp.{argument}(x, {axes}, keepdims=True)`."
+                f"`{argument}` of shape {part.shape} must have size 1 along the axes "
+                f"{axes} of the input, of shape {x.shape}, which it is over. Give one like "
+                f"`jnp.{argument}(x, {axes}, keepdims=True)`."
             )
         if jnp.iscomplexobj(part) and (argument == "var" or not jnp.iscomplexobj(x)):
             raise check.error(
@@ -484,8 +484,8 @@ def standardize(
     given = _given(mean, var, x, axes, check)
     if check.flag(return_moments, "return_moments") and given:
         raise check.error(
-            "`return_moments` is for the moments of `x`, got `mean` and `var` to "
-            "use in their place. Leave it out; `eqx_norms.moments` has those of `x`."
+            "`return_moments` is for the moments of `x`, got `mean` and `var` to use in "
+            "their place. Leave it out; `eqx_norms.moments` has those of `x`."
         )
     names = check.names(axis_name)
     settings, inputs = prepare(

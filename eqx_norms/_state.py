@@ -37,10 +37,9 @@ def _check_state(state: Any, *, check: Check) -> None:
         none = state is None or type(state) is object
         received = "none" if none else f"one of type {type(state).__name__}"
         raise check.error(
-            f"needs the model's `equinox.nn.State` as its second argument, got "
-            f"{received}. Make both with `model, state = "
-            "equinox.nn.make_with_state(Model)(...)`, and call `y, state = model(x, "
-            "state)`."
+            f"needs the model's `equinox.nn.State` as its second argument, got {received}. "
+            "Make both with `model, state = equinox.nn.make_with_state(Model)(...)`, and "
+            "call `y, state = model(x, state)`."
         )
 
 
@@ -49,9 +48,9 @@ def check_optional_state(state: Any, *, check: Check) -> None:
     array is none: it was meant for another argument."""
     if eqx.is_array_like(state):
         raise check.error(
-            f"the second argument must be the model's `equinox.nn.State`, or "
-            f"`None`, got one of type {type(state).__name__}. Give `mask`, `scale`, `bias` "
-            "and `key` by their names."
+            "the second argument must be the model's `equinox.nn.State`, or `None`, got "
+            f"one of type {type(state).__name__}. Give `mask`, `scale`, `bias` and `key` "
+            "by their names."
         )
 
 
@@ -61,8 +60,8 @@ def get_state(state: State, index: StateIndex[T], *, check: Check) -> T:
         return state.get(index)
     except KeyError:
         raise check.error(
-            "this `state` holds nothing for this layer; it was made for another "
-            "model. Make model and state together: `model, state = "
+            "this `state` holds nothing for this layer; it was made for another model. "
+            "Make model and state together: `model, state = "
             "equinox.nn.make_with_state(Model)(...)`."
         ) from None
 
@@ -72,10 +71,10 @@ def check_precision(values: Any, *, check: Check) -> None:
     for array in jax.tree.leaves(values):
         if jnp.issubdtype(array.dtype, jnp.inexact) and jnp.finfo(array.dtype).bits < 32:
             raise check.error(
-                f"training needs a `state` in float32 or wider, got an array of "
-                f"dtype {array.dtype}: small steps would be lost in rounding. Cast the "
-                "model alone and leave `state` as `equinox.nn.make_with_state` made it, or "
-                "cast its arrays back to float32."
+                "training needs a `state` in float32 or wider, got an array of dtype "
+                f"{array.dtype}: small steps would be lost in rounding. Cast the model "
+                "alone and leave `state` as `equinox.nn.make_with_state` made it, or cast "
+                "its arrays back to float32."
             )
 
 

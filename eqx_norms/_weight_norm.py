@@ -125,9 +125,9 @@ class WeightNorm(AbstractWrapper[Layer]):
         axes, others = self._axes(weight)
         if not others:
             raise self._check.error(
-                f"a weight of shape {weight.shape} has no axis left "
-                f"to take its length over besides `feature_axes={self.feature_axes}`. "
-                "Choose others, or other weights with `where`."
+                f"a weight of shape {weight.shape} has no axis left to take its length "
+                f"over besides `feature_axes={self.feature_axes}`. Choose others, or other "
+                "weights with `where`."
             )
         return axes, Reduction(others)
 

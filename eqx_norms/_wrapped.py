@@ -94,10 +94,9 @@ class AbstractWrapper(AnswersNames, StatefulLayer, Generic[Layer]):
         if not all(hasattr(leaves.get(path), "dtype") for path in self.weights):
             arrays = [path for path, leaf in leaves.items() if hasattr(leaf, "dtype")]
             raise self._check.error(
-                f"the weights that were chosen when it was made are "
-                f"{list(self.weights)}, but now the layer has {arrays}. Wrap the new layer "
-                "anew; or, if `equinox.nn.Shared` ties a weight to another, call that "
-                "first."
+                f"the weights that were chosen when it was made are {list(self.weights)}, "
+                f"but now the layer has {arrays}. Wrap the new layer anew; or, if "
+                "`equinox.nn.Shared` ties a weight to another, call that first."
             )
         # After a checkpoint they may be NumPy's.
         return tuple(jnp.asarray(leaves[path]) for path in self.weights)

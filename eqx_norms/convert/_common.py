@@ -10,7 +10,7 @@ from equinox.nn import State, StateIndex
 from jaxtyping import Array
 
 from .._batch_norm import BatchNorm
-from .._checks import as_tuple
+from .._checks import Check, as_tuple
 from .._dtypes import cast, promote, real_dtype
 from .._kinds import type_name
 from .._layer import AbstractNorm
@@ -23,24 +23,24 @@ T = TypeVar("T", bound=AbstractNorm)
 
 
 def check_entries(
-    found: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]], source: str
+    found: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]], check: Check
 ):
     """Raises unless the arrays in `found` have these names and shapes."""
     shapes = {name: tuple(np.shape(value)) for name, value in found.items()}
     if shapes != dict(expected):
-        raise ValueError(
-            f"{source}: expected entries of the shapes {dict(expected)}, found {shapes}: "
-            f"missing {sorted(expected.keys() - shapes)}, unexpected "
+        raise check.error(
+            f"expected entries of the shapes {dict(expected)}, found {shapes}: missing "
+            f"{sorted(expected.keys() - shapes)}, unexpected "
             f"{sorted(shapes.keys() - expected)}, of another shape "
             f"{sorted(n for n in shapes.keys() & expected if shapes[n] != expected[n])}."
         )
 
 
-def require_no_offset(layer: AbstractNorm, source: str):
+def require_no_offset(layer: AbstractNorm, check: Check):
     if layer.scale_offset != 0:
-        raise ValueError(
-            f"{source}: `scale_offset={layer.scale_offset}` has no counterpart. Use "
-            "a layer without, whose scale is the sum of both."
+        raise check.error(
+            f"`scale_offset={layer.scale_offset}` has no counterpart. Use a layer without, "
+            "whose scale is the sum of both."
         )
 
 
@@ -53,20 +53,20 @@ def feature_axes(layer: AbstractNorm) -> tuple[int, ...]:
     return layer._layout()[1]
 
 
-def axes_order(axes: tuple[int, ...], source: str) -> list[int]:
+def axes_order(axes: tuple[int, ...], check: Check) -> list[int]:
     """How to transpose from the order of `axes` to that of the input, which is the order
     of features in Flax and PyTorch."""
     if len({axis < 0 for axis in axes}) > 1:
-        raise ValueError(
-            f"{source}: cannot tell the order of the feature axes {axes} without the "
-            "input's rank. Make the layer with all of them negative, or none."
+        raise check.error(
+            f"cannot tell the order of the feature axes {axes} without the input's rank. "
+            "Make the layer with all of them negative, or none."
         )
     return np.argsort(axes).tolist()
 
 
-def features_in_order(layer: AbstractNorm, source: str) -> Shape:
+def features_in_order(layer: AbstractNorm, check: Check) -> Shape:
     """In the order of the input's axes."""
-    order = axes_order(feature_axes(layer), source)
+    order = axes_order(feature_axes(layer), check)
     shape = as_tuple(layer.num_features)
     return tuple(shape[i] for i in order)
 
@@ -109,26 +109,26 @@ def with_state(layer: Any) -> Any:
     return eqx.nn.make_with_state(lambda: layer)()
 
 
-def contents(layer: Any, state: State | None, source: str) -> dict[str, Array]:
+def contents(layer: Any, state: State | None, check: Check) -> dict[str, Array]:
     """All arrays of a layer and its state, in the order of the input's axes."""
     if not isinstance(layer, AbstractNorm):
-        raise ValueError(
-            f"{source}: needs a `BatchNorm`, `LayerNorm`, `RMSNorm`, `GroupNorm` or "
-            f"`InstanceNorm` of eqx_norms, got {type_name(layer)}."
+        raise check.error(
+            "needs a `BatchNorm`, `LayerNorm`, `RMSNorm`, `GroupNorm` or `InstanceNorm` of "
+            f"eqx_norms, got {type_name(layer)}."
         )
-    require_no_offset(layer, source)
+    require_no_offset(layer, check)
     if isinstance(layer, RMSNorm) and layer.bias is not None:
-        raise ValueError(f"{source}: there an RMSNorm has no bias, and this one has.")
+        raise check.error("there an RMSNorm has no bias, and this one has.")
     arrays: dict[str, Array | None] = {"scale": layer.scale, "bias": layer.bias}
     if isinstance(layer, BatchNorm):
         if state is None:
-            raise ValueError(
-                f"{source}: a BatchNorm has its statistics in the model's "
-                f"`equinox.nn.State`. Give it too: `{source}(layer, state)`."
+            raise check.error(
+                "a BatchNorm has its statistics in the model's `equinox.nn.State`. Give it "
+                f"too: `{check.name}(layer, state)`."
             )
         stats = layer.running_stats(state)
         arrays |= {"mean": stats.mean, "var": stats.var, "count": stats.count}
-    order = axes_order(feature_axes(layer), source)
+    order = axes_order(feature_axes(layer), check)
     return {
         name: jnp.transpose(array, order)
         for name, array in arrays.items()

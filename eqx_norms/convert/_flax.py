@@ -8,7 +8,7 @@ from equinox.nn import State
 from jaxtyping import Array
 
 from .._batch_norm import BatchNorm
-from .._checks import as_tuple
+from .._checks import Check, as_tuple
 from .._group_norm import GroupNorm
 from .._instance_norm import InstanceNorm
 from .._kinds import kind, type_name
@@ -108,15 +108,15 @@ def from_flax(
             )
         )
     make, axes_name, settings = _KINDS[name]
-    source = f"from_flax({name})"
+    check = Check(f"from_flax({name})")
     axes = (-1,) if axes_name is None else as_tuple(getattr(layer, axes_name))
-    axes = tuple(axes[i] for i in axes_order(axes, source))
-    arrays = _arrays(layer, variables, package, source)
+    axes = tuple(axes[i] for i in axes_order(axes, check))
+    arrays = _arrays(layer, variables, package, check)
     expected = _expected(layer, name)
-    shape = _feature_shape(layer, arrays, expected, axes, num_features, source)
+    shape = _feature_shape(layer, arrays, expected, axes, num_features, check)
     if package == "flax.nnx" and len(axes) > 1:
         arrays = _unflatten(arrays, shape)
-    check_entries(arrays, dict.fromkeys(expected, shape), source)
+    check_entries(arrays, dict.fromkeys(expected, shape), check)
     arrays = {key: jnp.asarray(value) for key, value in arrays.items()}
 
     options = {option: getattr(layer, option) for option in (*_COMMON, *settings)}
@@ -171,7 +171,7 @@ def to_flax_variables(layer: Any, state: State | None = None) -> dict[str, Any]:
     `ValueError` for any other layer, without the state of a `BatchNorm`, and for what Flax
     does not have: a `scale_offset`, a bias in an RMSNorm.
     """
-    arrays = contents(layer, state, "to_flax_variables")
+    arrays = contents(layer, state, Check("to_flax_variables"))
     variables = {
         collection: {name: arrays[name] for name in names if name in arrays}
         for collection, names in _COLLECTIONS.items()
@@ -193,13 +193,13 @@ def _expected(layer: Any, name: str) -> list[str]:
 
 
 def _arrays(
-    layer: Any, variables: Mapping[str, Any] | None, package: str, source: str
+    layer: Any, variables: Mapping[str, Any] | None, package: str, check: Check
 ) -> dict[str, Any]:
     """The variables, by collection and name."""
     if package == "flax.nnx":
         if variables is not None:
-            raise ValueError(f"{source}: an nnx layer has its variables; give it alone.")
-        _check_promotion(layer, source)
+            raise check.error("an nnx layer has its variables; give it alone.")
+        _check_promotion(layer, check)
         return {
             f"{collection}/{key}": getattr(layer, key)[...]
             for collection, keys in _COLLECTIONS.items()
@@ -207,15 +207,14 @@ def _arrays(
             if getattr(layer, key, None) is not None
         }
     if variables is None:
-        raise ValueError(
-            f"{source}: a `flax.linen` module needs its variables: `from_flax(module, "
-            "variables)`."
+        raise check.error(
+            "a `flax.linen` module needs its variables: `from_flax(module, variables)`."
         )
     if not isinstance(variables, Mapping) or not all(
         isinstance(entries, Mapping) for entries in variables.values()
     ):
-        raise ValueError(
-            f"{source}: the variables must be those of this one module, by collection: "
+        raise check.error(
+            f"the variables must be those of this one module, by collection: "
             f'`{{"params": {{"scale": ..., "bias": ...}}}}`, found {variables!r:.200}.'
         )
     from flax.core import meta
@@ -233,7 +232,7 @@ def _feature_shape(
     expected: list[str],
     axes: tuple[int, ...],
     num_features: int | tuple[int, ...] | None,
-    source: str,
+    check: Check,
 ) -> tuple[Any, ...]:
     shapes = [np.shape(arrays[key]) for key in expected if key in arrays]
     if num_features is not None:
@@ -246,8 +245,8 @@ def _feature_shape(
         # If there should be entries, the check of them says what there is instead.
         shape = ("n",) * len(axes) if expected else ()
     if len(shape) != len(axes):
-        raise ValueError(
-            f"{source}: cannot tell how many features there are along {axes}. Say so: "
+        raise check.error(
+            f"cannot tell how many features there are along {axes}. Say so: "
             f"`from_flax(..., num_features={'n' if len(axes) == 1 else '(n, m)'})`."
         )
     return shape
@@ -261,11 +260,11 @@ def _unflatten(arrays: dict[str, Any], shape: tuple[Any, ...]) -> dict[str, Arra
     }
 
 
-def _check_promotion(layer: Any, source: str) -> None:
+def _check_promotion(layer: Any, check: Check) -> None:
     from flax.nnx.nn.dtypes import promote_dtype
 
     if getattr(layer, "promote_dtype", promote_dtype) is not promote_dtype:
-        raise ValueError(
-            f"{source}: the layer has a `promote_dtype` of its own, and what that does has "
-            "no counterpart. Use `dtype` and `param_dtype`."
+        raise check.error(
+            "the layer has a `promote_dtype` of its own, and what that does has no "
+            "counterpart. Use `dtype` and `param_dtype`."
         )

@@ -167,8 +167,8 @@ def _require(layer: Any, **wanted: Any) -> None:
             for settings in (wanted, found)
         )
         raise layer._check.error(
-            f"needs {wants}, which is what `equinox.nn` computes "
-            f"for one example, has {has}."
+            f"needs {wants}, which is what `equinox.nn` computes for one example, has "
+            f"{has}."
         )
 
 
@@ -177,8 +177,8 @@ def _require_dtype(layer: Any, dtype: Any, x: Any, *others: Array | None) -> Non
     result = layer._check.dtype_of(layer.dtype, x, *others)
     if result != dtype:
         raise layer._check.error(
-            f"with `dtype={layer.dtype}` it gives {result} for "
-            f"{x.dtype}, the layer of `equinox.nn` {dtype}. Make it with another `dtype`."
+            f"with `dtype={layer.dtype}` it gives {result} for {x.dtype}, the layer of "
+            f"`equinox.nn` {dtype}. Make it with another `dtype`."
         )
 
 
@@ -279,13 +279,13 @@ def _weight_of(layer: Any) -> tuple[str, Array]:
     (path, *others), (weight, *_) = layer.weights, layer._weights()
     if others or not re.fullmatch(r"\.\w+", path) or is_stateful(layer.layer):
         raise layer._check.error(
-            f"that of `equinox.nn` has one weight, a field of a layer without a "
-            f"state, this one {list(layer.weights)} of a {type_name(layer.layer)}."
+            "that of `equinox.nn` has one weight, a field of a layer without a state, this "
+            f"one {list(layer.weights)} of a {type_name(layer.layer)}."
         )
     if weight.ndim != layer.ranks[0]:
         raise layer._check.error(
-            "these are several, made under `equinox.filter_vmap`. Convert them "
-            "under it too."
+            "these are several, made under `equinox.filter_vmap`. Convert them under it "
+            "too."
         )
     return path[1:], weight
 

@@ -6,6 +6,7 @@ import numpy as np
 from equinox.nn import State
 
 from .._batch_norm import BatchNorm
+from .._checks import Check
 from .._freeze import freeze
 from .._group_norm import GroupNorm
 from .._instance_norm import InstanceNorm
@@ -185,8 +186,8 @@ def to_torch_state_dict(layer: Any, state: State | None = None) -> dict[str, Any
             "to_torch_state_dict: needs PyTorch, which is not installed."
         ) from error
 
-    source = "to_torch_state_dict"
-    arrays = contents(layer, state, source)
+    check = Check("to_torch_state_dict")
+    arrays = contents(layer, state, check)
     # There both are learned or none, but for a LayerNorm, which may do without a bias.
     if "bias" in arrays:
         arrays.setdefault("scale", jnp.ones_like(arrays["bias"]))
@@ -194,9 +195,9 @@ def to_torch_state_dict(layer: Any, state: State | None = None) -> dict[str, Any
         arrays["bias"] = jnp.zeros_like(arrays["scale"])
     axes = feature_axes(layer)
     if len(axes) != 1 and not isinstance(layer, LayerNorm | RMSNorm):
-        raise ValueError(
-            f"{source}: in PyTorch a {type(layer).__name__} has one feature axis, this one "
-            f"has {axes}."
+        raise check.error(
+            f"in PyTorch a {type(layer).__name__} has one feature axis, this one has "
+            f"{axes}."
         )
     if "count" in arrays:
         arrays["count"] = jnp.max(arrays["count"])
@@ -220,18 +221,18 @@ def _fill(like: Any, entries: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"from_torch: `like` must be a layer of eqx_norms, got {type_name(like)}."
         )
-    source = f"from_torch({type(like).__name__})"
-    shape = features_in_order(like, source)
+    check = Check(f"from_torch({type(like).__name__})")
+    shape = features_in_order(like, check)
     expected = {"weight": like.scale, "bias": like.bias}
     shapes = {name: shape for name, value in expected.items() if value is not None}
     if isinstance(like, BatchNorm):
         shapes |= {"running_mean": shape, "running_var": shape, "num_batches_tracked": ()}
         # Old state dicts have no count, and PyTorch starts to count anew.
         entries = {"num_batches_tracked": np.zeros((), np.int32), **entries}
-    check_entries(entries, shapes, source)
+    check_entries(entries, shapes, check)
 
     # From the order of the input's axes to that of the layer's.
-    order = np.argsort(axes_order(feature_axes(like), source)).tolist()
+    order = np.argsort(axes_order(feature_axes(like), check)).tolist()
 
     def parameter(name):
         old = expected[name]

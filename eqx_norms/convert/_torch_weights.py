@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from .._checks import Check
 from .._dtypes import promote
 from .._kinds import base, kind, type_name
 from .._spectral_norm import SpectralNorm, SpectralStats
@@ -85,12 +86,12 @@ def _other_axis(layer: Any, axis: int) -> int:
 
 def fill_weights(like: Any, entries: Mapping[str, Any]) -> Any:
     """A wrapped layer like another one, with what is in a state dict."""
-    source, layer = f"from_torch({type(like).__name__})", like.layer
+    check, layer = Check(f"from_torch({type(like).__name__})"), like.layer
     spectral = isinstance(like, SpectralNorm)
     if like.weights != (".weight",) or getattr(like, "scales", ()) is None:
-        raise ValueError(
-            f"{source}: `like` must normalise the field `weight` of a layer and no other, "
-            f"with a scale if it is a WeightNorm, got one with {list(like.weights)} of a "
+        raise check.error(
+            "`like` must normalise the field `weight` of a layer and no other, with a "
+            f"scale if it is a WeightNorm, got one with {list(like.weights)} of a "
             f"{type_name(layer)}."
         )
     (weight,), bias = like._weights(), getattr(layer, "bias", None)
@@ -98,10 +99,10 @@ def fill_weights(like: Any, entries: Mapping[str, Any]) -> Any:
     groups = layer.groups if transposed else 1
     axes = [_other_axis(layer, axis) for axis in like._axes(weight)[0]]
     if groups > 1 and min(axes, default=2) < 2:
-        raise ValueError(
-            f"{source}: in a transposed convolution with groups PyTorch's kernel has axes "
-            "of channels that Equinox's has not. Remove the norm in PyTorch, with "
-            "`remove_weight_norm` or `remove_parametrizations` for example."
+        raise check.error(
+            "in a transposed convolution with groups PyTorch's kernel has axes of channels "
+            "that Equinox's has not. Remove the norm in PyTorch, with `remove_weight_norm` "
+            "or `remove_parametrizations` for example."
         )
     # In PyTorch's layout: the weight, and what varies along its axes or across them.
     shape = list(weight.shape)
@@ -116,7 +117,7 @@ def fill_weights(like: Any, entries: Mapping[str, Any]) -> Any:
     names = next((form for form in forms if form[0] in entries), forms[0])
     wanted = dict(zip(names, expected, strict=True))
     check_entries(
-        entries, wanted if bias is None else {**wanted, "bias": (bias.size,)}, source
+        entries, wanted if bias is None else {**wanted, "bias": (bias.size,)}, check
     )
 
     def kernel(name, shape):
