@@ -15,11 +15,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # or where running takes longer than compiling. Elsewhere XLA does as little as it can.
 AS_FOR_USERS = {
     "test_accuracy",
-    "test_benchmarks",
-    "test_core",
-    "test_cost",
+    "test_accuracy_in_every_way",
+    "test_all_reduces",
+    "test_as_users_compile",
     "test_documents",
     "test_memory",
+    "test_programs",
     "test_rows",
     "test_train_digits",
 }
@@ -48,8 +49,7 @@ def quick_options():
         f = jax.jit(lambda x: x, compiler_options={name: value})
         try:
             f.lower(0.0).compile()
-        except jax.errors.JaxRuntimeError as error:
-            assert "No such compile option" in str(error)
+        except jax.errors.JaxRuntimeError:
             return False
         return True
 
@@ -58,8 +58,9 @@ def quick_options():
 
 @pytest.fixture(autouse=True, scope="module")
 def compiles_quickly(request, quick_options):
-    """Or as for users. The variable `XLA_FLAGS` would be for all of a process, and ends it
-    where XLA does not know a flag; and JAX has no setting for the options of every `jit`."""
+    """Or as for users. The variable `XLA_FLAGS` would be for all of a process, and would
+    end it where XLA does not know a flag. JAX has no setting for the options of all.
+    """
     if is_as_for_users(request):
         yield
     else:

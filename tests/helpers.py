@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
 import eqx_norms as en
 
@@ -328,19 +329,54 @@ def along(array: Any, axes: tuple[int, ...], ndim: int) -> np.ndarray:
     return out
 
 
-def randomize(layer: Any, seed: int = 0) -> Any:
+def randomize(layer: Any, seed: int = 0, size: float = 0.25) -> Any:
     """What it learns, moved at random: ones and zeros hide mistakes."""
-    params, static = eqx.partition(layer, eqx.is_inexact_array)
-    leaves, treedef = jax.tree.flatten(params)
-    moved = [
-        leaf + normal(1000 * seed + number, leaf.shape).astype(leaf.dtype) / 4
-        for number, leaf in enumerate(leaves)
-    ]
-    return eqx.combine(jax.tree.unflatten(treedef, moved), static)
+    rng = np.random.default_rng(seed)
+
+    def move(leaf):
+        if not eqx.is_inexact_array(leaf):
+            return leaf
+        return leaf + jnp.asarray(rng.normal(0, size, leaf.shape), leaf.dtype)
+
+    return jax.tree.map(move, layer)
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    """Made by NumPy, as `jax.random` would compile a program for each shape."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        x = (x + 1j * rng.standard_normal(shape)) / np.sqrt(2)
+    return jnp.asarray(x, dtype)
+
+
+def make_mesh(kind: AxisType = AxisType.Auto, **sizes: int) -> Mesh:
+    """`make_mesh(data=4, model=2)` has so many devices along each axis."""
+    kinds = (kind,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
+
+
+def assert_close(
+    found: Any,
+    wanted: Any,
+    tolerance: float = 1e-5,
+    *,
+    same_dtype: bool = True,
+    what: str = "",
+) -> None:
+    """The arrays of two trees are the same in shape and dtype, and each differs by at most
+    a tolerance of the greatest magnitude that is wanted, or of one."""
+    found, wanted = (
+        [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+        for tree in (found, wanted)
+    )
+    assert len(found) == len(wanted) > 0, what
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape, what
+        assert one.dtype == other.dtype or not same_dtype, what
+        one, other = (np.asarray(a).astype(np.complex128) for a in (one, other))
+        atol = tolerance * max(1.0, np.abs(other).max(initial=0))
+        np.testing.assert_allclose(one, other, rtol=0, atol=atol, err_msg=what)
 
 
 @contextlib.contextmanager

@@ -16,13 +16,16 @@ import eqx_norms as en
 
 from .helpers import (
     LAYERS,
+    WRAPPERS,
     Matrix,
     all_layers,
     all_norms,
+    assert_close,
     call,
     clone,
     float64,
     normal,
+    over,
     randomize,
     step,
 )
@@ -48,17 +51,6 @@ def plain(case, state):
 def build(case, **kwargs):
     layer, state = case.build(**kwargs)
     return randomize(layer), state
-
-
-def assert_close(actual, expected, tolerance):
-    """Within a tolerance of the greatest magnitude of each leaf."""
-    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
-    assert len(actual) == len(expected) > 0
-    for a, b in zip(actual, expected, strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert a.shape == b.shape
-        assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
 # JAX's transformations. In float64, where a wrong term cannot pass for rounding.
@@ -91,7 +83,10 @@ def test_grad(case):
         assert_close(jitted, actual, 1e-12)
 
 
-@all_layers
+# Of the norms `test_derivatives` has these, and more.
+
+
+@over(*WRAPPERS)
 def test_jvp(case):
     with float64():
         layer, state = build(case, param_dtype=jnp.float64)
@@ -112,7 +107,7 @@ def test_jvp(case):
         assert_close(jvp(library(state)), jvp(plain(case, state)), 1e-12)
 
 
-@all_layers
+@over(*WRAPPERS)
 def test_hessian(case):
     with float64():
         layer, state = build(case, param_dtype=jnp.float64)
@@ -124,7 +119,7 @@ def test_hessian(case):
         assert_close(hessian(library(state)), hessian(plain(case, state)), 1e-11)
 
 
-@all_layers
+@over(*WRAPPERS)
 def test_second_derivatives_of_parameters_too(case):
     """`hessian` is forward over reverse; these are the other two that people write."""
     with float64():

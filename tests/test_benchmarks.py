@@ -62,12 +62,12 @@ def test_all_reduces_are_counted_in_a_process_with_eight_devices():
 
 
 def test_steps_of_blocks(monkeypatch):
-    for name in ("WIDTH", "HIDDEN"):
-        monkeypatch.setattr(compiled, name, 16)
+    for name, value in {"WIDTH": 16, "HIDDEN": 16, "BLOCKS": 1}.items():
+        monkeypatch.setattr(compiled, name, value)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         records = blocks.main(["--layers", "RMSNorm", "--tokens", "8", "--rounds", "2"])
     assert len(records) == 2 * 5
-    assert "3 blocks, 8 tokens of 16 features" in out.getvalue()
+    assert "1 blocks, 8 tokens of 16 features" in out.getvalue()
 
 
 COMPILERS = {"gpu": "jax_plugins.xla_cuda12", "tpu": "libtpu"}

@@ -28,7 +28,17 @@ from jax.sharding import AxisType, PartitionSpec
 
 import eqx_norms as en
 
-from .helpers import all_norms, bytes_kept, call, clone, float64, normal, plain, step
+from .helpers import (
+    all_norms,
+    bytes_kept,
+    call,
+    clone,
+    float64,
+    make_mesh,
+    normal,
+    plain,
+    step,
+)
 
 
 SIZES = {"o": 2, "a": 4, "b": 2, "r": 3, "f": 5}
@@ -74,8 +84,7 @@ def way(text: str) -> Way:
 
 @ft.cache
 def mesh(dims):
-    sizes = tuple(SIZES[d] for d in dims)
-    return jax.make_mesh(sizes, tuple(dims), axis_types=(AxisType.Auto,) * len(dims))
+    return make_mesh(**{d: SIZES[d] for d in dims})
 
 
 def without(label, dims):
@@ -682,7 +691,7 @@ def test_a_name_that_is_bound_nowhere(case, levels):
 def test_a_mesh_alone_binds_no_name(case, axis_type):
     layer, state = case.build(axis_name="a")
     with (
-        jax.set_mesh(jax.make_mesh((4,), ("a",), axis_types=(axis_type,))),
+        jax.set_mesh(make_mesh(axis_type, a=4)),
         pytest.raises(
             NameError, match=f"{case.name}: .* name 'a', which is not bound here"
         ),

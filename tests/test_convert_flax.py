@@ -11,7 +11,7 @@ from flax import nnx
 import eqx_norms as en
 from eqx_norms import convert
 
-from .helpers import normal
+from .helpers import assert_close, normal
 
 
 ALL = ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"]
@@ -50,10 +50,8 @@ def data(shape):
 
 
 def close(actual, expected):
-    assert actual.dtype == expected.dtype
     tolerance = 1e-5 if actual.dtype == jnp.float32 else 2.0**-6
-    actual, expected = (np.asarray(a, np.float32) for a in (actual, expected))
-    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+    assert_close(actual, expected, tolerance)
 
 
 def drawn(shapes):

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import eqx_norms as en
 
-from .helpers import clone, count, hlo, normal
+from .helpers import clone, count, hlo, make_mesh, normal
 
 
 FEATURES = 16
@@ -32,7 +32,7 @@ def program(name, *, devices=8, split=True, masked=False, backward=False, **kwar
     make, of_x, of_params = LAYERS[name]
     if not split:
         of_x, of_params = PartitionSpec("d"), PartitionSpec()
-    mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(d=devices)
     state = None
     if split:
         kwargs["axis_name"] = "d"
@@ -142,7 +142,7 @@ def over_a_batch(x):
     ids=["BatchNorm", "standardize"],
 )
 def test_the_shift_of_a_split_batch(f, sent):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(d=8)
     x = jax.device_put(normal(0, IMAGES), NamedSharding(mesh, PartitionSpec("d")))
     text, _ = hlo(lambda x: jax.vjp(f, x)[0], x)
     assert count(text, "all-reduce") == 2

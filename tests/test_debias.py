@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import eqx_norms as en
 
-from .helpers import normal, reference
+from .helpers import make_mesh, normal, reference
 
 
 MOMENTA = [0.0, 0.5, 0.99, 0.999999, 1.0, None]
@@ -192,7 +191,7 @@ def with_pmap(layer, state, x):
 
 
 def with_shard_map(layer, state, x):
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(batch=8)
     f = en.filter_shard_map(
         layer, mesh=mesh, in_specs=(P("batch"), P()), out_specs=(P("batch"), P())
     )

@@ -7,19 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import eqx_norms as en
 
-from .helpers import (
-    along,
-    float64,
-    normal,
-    plain,
-    randomize,
-    reference,
-)
+from .helpers import along, float64, make_mesh, normal, plain, randomize, reference
 
 
 jitted = eqx.filter_jit(lambda layer, x, **kwargs: layer(x, **kwargs))
@@ -175,7 +168,7 @@ def test_sharded_across_groups():
     wanted = expected(layer, x, (1, 2))
     gradient = jax.jit(jax.grad(lambda layer, x: jnp.sum(jnp.sin(layer(x))), 1))
     wanted_gradient = gradient(layer, x)
-    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    mesh = make_mesh(AxisType.Explicit, data=2, model=4)
     with jax.set_mesh(mesh):
         put = lambda a, *spec: jax.device_put(  # noqa: E731
             np.asarray(a), NamedSharding(mesh, P(*spec))
@@ -205,7 +198,7 @@ def test_space_split_over_a_named_axis(by, masked):
         spec = P(None, "space")
         f = jax.shard_map(
             lambda x, mask: layer(x, mask=mask),
-            mesh=jax.make_mesh((4,), ("space",), axis_types=(jax.sharding.AxisType.Auto,)),
+            mesh=make_mesh(space=4),
             in_specs=(spec, spec),
             out_specs=spec,
         )

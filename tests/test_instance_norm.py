@@ -5,19 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import eqx_norms as en
 
-from .helpers import (
-    along,
-    float64,
-    normal,
-    plain,
-    randomize,
-    reference,
-)
+from .helpers import along, float64, make_mesh, normal, plain, randomize, reference
 
 
 jitted = eqx.filter_jit(lambda layer, x, **kwargs: layer(x, **kwargs))
@@ -131,7 +123,7 @@ def test_space_split_over_a_named_axis(by):
         spec = P(None, "space")
         f = jax.shard_map(
             lambda x, mask: layer(x, mask=mask),
-            mesh=jax.make_mesh((4,), ("space",), axis_types=(AxisType.Auto,)),
+            mesh=make_mesh(space=4),
             in_specs=(spec, spec),
             out_specs=spec,
         )

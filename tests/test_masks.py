@@ -10,15 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from .helpers import (
-    all_norms,
-    call,
-    clone,
-    float64,
-    normal,
-    plain,
-    reference,
-)
+from .helpers import all_norms, call, clone, float64, make_mesh, normal, plain, reference
 
 
 SHAPE = (6, 5, 8)
@@ -206,7 +198,7 @@ def test_unequal_counts_on_devices(case, fast, axis_types):
     x = jnp.where(jnp.abs(x) > 1e20, jnp.nan, x)
     expected, mean, var = reference(x, (0,), epsilon=EPSILON, mask=mask)
 
-    mesh = jax.make_mesh((8,), ("device",), axis_types=(axis_types,))
+    mesh = make_mesh(axis_types, device=8)
     spec = P("device")
 
     @ft.partial(jax.shard_map, mesh=mesh, in_specs=(spec, spec, P()), out_specs=(spec, P()))

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import eqx_norms as en
 
-from .helpers import normal, reference
+from .helpers import make_mesh, normal, reference
 
 
 SHAPE = (6, 5, 8)
@@ -107,7 +106,7 @@ def test_over_a_vmapped_axis(axes, groups):
 
 
 def test_over_devices():
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(d=2)
     x = 3 + normal(0, SHAPE)
     f = ft.partial(en.standardize, axes=0, axis_name="d")
     y = jax.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=P("d"))(x)

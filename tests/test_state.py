@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from .helpers import NORMS, clone, normal, reference
+from .helpers import NORMS, clone, make_mesh, normal, reference
 
 
 stateful = pytest.mark.parametrize(
@@ -195,7 +195,7 @@ mesh_types = pytest.mark.parametrize(
 
 
 def over_devices(layer, axis_types, per_device_out=False):
-    mesh = jax.make_mesh((8,), ("device",), axis_types=(axis_types,))
+    mesh = make_mesh(axis_types, device=8)
     out = P("device") if per_device_out else P()
 
     def f(x, state):
