@@ -1,14 +1,17 @@
 """The table of layers that drives each battery, and what the tests have in common."""
 
 import contextlib
+import functools
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
@@ -204,6 +207,8 @@ WRAPPERS = [
 ]
 
 LAYERS = [*NORMS, *WRAPPERS]
+STATEFUL = [case for case in LAYERS if case.stateful]
+(BATCH_NORM,) = (case for case in NORMS if case.stateful)
 
 
 def over(*cases: Case) -> pytest.MarkDecorator:
@@ -214,6 +219,16 @@ all_layers = over(*LAYERS)
 all_norms = over(*NORMS)
 # Where a battery gives the layers vectors, or the same axes to each.
 vector_norms = over(*(case for case in NORMS if case.on_vectors))
+
+
+def half(*choices: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Every second combination, so that of any two choices all pairs are among them."""
+    indexed = itertools.product(*(enumerate(choice) for choice in choices))
+    return [
+        tuple(value for _, value in row)
+        for row in indexed
+        if sum(index for index, _ in row) % 2 == 0
+    ]
 
 
 def clone(tree: Any) -> Any:
@@ -377,6 +392,43 @@ def assert_close(
         one, other = (np.asarray(a).astype(np.complex128) for a in (one, other))
         atol = tolerance * max(1.0, np.abs(other).max(initial=0))
         np.testing.assert_allclose(one, other, rtol=0, atol=atol, err_msg=what)
+
+
+def with_gradients(f):
+    """The output as it is without differentiation, and with, which are two programs; and
+    the gradients of the input and of all that is learned."""
+
+    def of_f(layer, state, x, **kwargs):
+        def loss(layer_and_x):
+            layer, x = layer_and_x
+            y = f(layer, state, x, **kwargs)
+            return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+        (dlayer, dx), y = eqx.filter_grad(loss, has_aux=True)((layer, x))
+        return f(layer, state, x, **kwargs), y, dx, dlayer
+
+    return of_f
+
+
+# Of a function of layer, state and input. The cache saves compiling what is wanted anew for
+# each that it is compared with.
+WAYS = {
+    "eager": lambda f: f,
+    "jit of grad": functools.cache(lambda f: eqx.filter_jit(with_gradients(f))),
+}
+
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+
+
+@contextlib.contextmanager
+def raises(layer, match, request: Any = None, typed=None):
+    """An error of the layer's own; of the argument `typed` jaxtyping complains first,
+    where it checks."""
+    error, match = ValueError, f"(?s)^{layer}: .*{match}"
+    if typed and request.config.getoption("--jaxtyping-packages"):
+        error, match = jaxtyping.TypeCheckError, f"typechecking parameter '{typed}'"
+    with pytest.raises(error, match=match):
+        yield
 
 
 @contextlib.contextmanager

@@ -255,11 +255,18 @@ def test_shared():
 
 
 @pytest.mark.parametrize(
-    "model", [linear(), eqx.nn.WeightNorm(linear()), en.LayerNorm(3), [], None]
+    "make",
+    [
+        linear,
+        lambda: eqx.nn.WeightNorm(linear()),
+        lambda: en.LayerNorm(3),
+        list,
+        lambda: None,
+    ],
 )
-def test_nothing_to_bake(model):
+def test_nothing_to_bake(make):
     with pytest.raises(ValueError, match=r"bake: there is no .* by `eqx_norms.replace_n"):
-        en.bake(model)
+        en.bake(make())
 
 
 def test_no_state():

@@ -235,37 +235,35 @@ def test_under_jit_and_vmap():
 
 
 @pytest.mark.parametrize(
-    ("layer", "bn", "message"),
+    ("make", "message"),
     [
         (
-            eqx.nn.MLP(4, 6, 2, 1, key=KEY),
-            en.BatchNorm(6),
+            lambda: (eqx.nn.MLP(4, 6, 2, 1, key=KEY), en.BatchNorm(6)),
             "`layer` must be an `equinox.nn.Linear`, `Conv` or `ConvTranspose`, got MLP",
         ),
         (
-            eqx.nn.Linear(4, 6, key=KEY),
-            eqx.nn.BatchNorm(6, "batch", mode="batch"),
+            lambda: (
+                eqx.nn.Linear(4, 6, key=KEY),
+                eqx.nn.BatchNorm(6, "batch", mode="batch"),
+            ),
             r"`bn` must be an `eqx_norms.BatchNorm`, got equinox\..*BatchNorm",
         ),
         (
-            eqx.nn.Linear(4, 6, key=KEY),
-            en.LayerNorm(6),
+            lambda: (eqx.nn.Linear(4, 6, key=KEY), en.LayerNorm(6)),
             "`bn` must be an `eqx_norms.BatchNorm`, got .*LayerNorm",
         ),
         (
-            eqx.nn.Linear(6, 4, key=KEY),
-            en.BatchNorm(6),
+            lambda: (eqx.nn.Linear(6, 4, key=KEY), en.BatchNorm(6)),
             "one feature for each of the 4 outputs of Linear, got `num_features=6`",
         ),
         (
-            eqx.nn.Conv1d(4, 6, 1, key=KEY),
-            en.BatchNorm((2, 3), axis=(1, 2)),
+            lambda: (eqx.nn.Conv1d(4, 6, 1, key=KEY), en.BatchNorm((2, 3), axis=(1, 2))),
             r"outputs of Conv1d, got `num_features=\(2, 3\)` along `axis=\(1, 2\)`",
         ),
     ],
 )
-def test_errors(layer, bn, message):
-    _, state = norm()
+def test_errors(make, message):
+    (layer, bn), (_, state) = make(), norm()
     with pytest.raises(ValueError, match=message):
         en.fold_batch_norm(layer, bn, state)
 
@@ -564,10 +562,12 @@ def test_a_stack_under_vmap():
     assert_close(ensemble(folded, new_states), ensemble(models, states), 1e-4)
 
 
-@pytest.mark.parametrize("model", [linear(), eqx.nn.Sequential([linear()]), None])
-def test_nothing_to_fold(model):
+@pytest.mark.parametrize(
+    "make", [linear, lambda: eqx.nn.Sequential([linear()]), lambda: None]
+)
+def test_nothing_to_fold(make):
     with pytest.raises(ValueError, match=r"fold_batch_norms: there is no `eqx_norms.Batch"):
-        en.fold_batch_norms(model, eqx.nn.State(None))
+        en.fold_batch_norms(make(), eqx.nn.State(None))
 
 
 def test_state_of_another_whole_model():

@@ -125,17 +125,6 @@ def test_excluded_values_make_no_difference(case):
 
 
 @all_norms
-@mask_shapes
-def test_count_is_that_of_the_broadcast_mask(case, shape):
-    layer, state = case.build(8, epsilon=EPSILON)
-    mask = make_mask(shape)
-    x = normal(2, SHAPE)
-    narrow = run(layer, state, x, mask)
-    wide = run(layer, state, x, jnp.broadcast_to(mask, SHAPE))
-    jax.tree.map(ft.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), narrow, wide)
-
-
-@all_norms
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
 def test_all_true_is_no_mask(case, fast):
     layer, state = case.build(8, use_fast_variance=fast)

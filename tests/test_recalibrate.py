@@ -15,7 +15,16 @@ import eqx_norms as en
 from eqx_norms._recalibrate import _NOTHING, _merge
 from eqx_norms._running import PooledStats
 
-from .helpers import clone, float64, make_mesh, randomize, reference
+from .helpers import (
+    BATCH_NORM,
+    clone,
+    float64,
+    make_mesh,
+    normal,
+    raises,
+    randomize,
+    reference,
+)
 
 
 SIZES = 3, 8, 1, 5
@@ -590,3 +599,17 @@ def test_no_batches(batches):
     with pytest.raises(ValueError, match="`batches` is empty"):
         en.recalibrate(bn, state, batches, forward)
     bn(data()[0], state)
+
+
+@pytest.mark.parametrize("donate", ["all", "all-except-first"])
+def test_recalibration_with_donation(donate):
+    layer, state = BATCH_NORM.build(8)
+
+    @functools.partial(eqx.filter_jit, donate=donate)
+    def forward(layer, state, x):
+        return layer(x, state)
+
+    batches = [normal(seed, (16, 8)) for seed in range(3)]
+    match = r"`forward` must leave the model and the state.*donated.*`eqx.filter_jit\(forw"
+    with raises("recalibrate", match):
+        en.recalibrate(layer, clone(state), batches, forward)

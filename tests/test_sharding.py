@@ -97,8 +97,15 @@ def put(tree, spec, mesh):
     return jax.tree.map(place, tree)
 
 
-@meshes
-@pytest.mark.parametrize(("case", "of_x", "of_params", "of_y"), ROWS)
+# On an Explicit mesh that is set, or on one that is not, in turn.
+@pytest.mark.parametrize(
+    ("case", "of_x", "of_params", "of_y", "axis_type", "context"),
+    [
+        pytest.param(*row.values, *MESHES[mesh], id=f"{row.id}-{mesh}")
+        for number, row in enumerate(ROWS)
+        for mesh in ("Auto", list(MESHES)[1 + number % 2])
+    ],
+)
 def test_equals_one_device(case, of_x, of_params, of_y, axis_type, context):
     layer, state = case.build(SHAPE[-1])
     layer = randomize(layer)

@@ -7,10 +7,9 @@ import io
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
-from jax import export, lax
+from jax import lax
 
 import eqx_norms as en
 
@@ -412,28 +411,6 @@ def test_inference_mode(case):
     assert_close(call(evaluating, state, x, **training), trained, 1e-6)
     back = eqx.nn.inference_mode(evaluating, value=False)
     assert_close(call(back, state, x), trained, 1e-6)
-
-
-@pytest.fixture
-def no_runtime_checks():
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@all_norms
-@pytest.mark.usefixtures("no_runtime_checks")  # A symbolic size is no `int`.
-def test_export_with_symbolic_sizes(case):
-    layer, state = case.build(8)
-
-    def gradient(x):
-        return jax.grad(lambda x: jnp.sum(jnp.sin(call(layer, state, x))))(x)
-
-    sizes = jax.ShapeDtypeStruct(export.symbolic_shape("b, h, w, 8"), jnp.float32)
-    for f in (lambda x: call(layer, state, x), gradient):
-        exported = export.export(jax.jit(f))(sizes)
-        x = 2 + normal(0, (2, 3, 4, 8))
-        assert_close(exported.call(x), f(x), 1e-5)
 
 
 @all_layers
