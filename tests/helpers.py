@@ -15,6 +15,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 import eqx_norms as en
 
@@ -219,6 +220,21 @@ all_layers = over(*LAYERS)
 all_norms = over(*NORMS)
 # Where a battery gives the layers vectors, or the same axes to each.
 vector_norms = over(*(case for case in NORMS if case.on_vectors))
+
+
+def over_space(by: str, layer: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
+    """The layer with four parts of the second axis along the name `space`."""
+
+    def one(x, mask):
+        return layer(x, mask=mask)
+
+    if by == "vmap":
+        parts = lambda a: a.reshape(a.shape[0], 4, -1, a.shape[-1])  # noqa: E731
+        run = jax.vmap(one, 1, 1, axis_name="space")
+        return run(parts(x), parts(mask)).reshape(x.shape)
+    spec = P(None, "space")
+    run = jax.shard_map(one, mesh=make_mesh(space=4), in_specs=(spec, spec), out_specs=spec)
+    return run(x, mask)
 
 
 def half(*choices: Iterable[Any]) -> list[tuple[Any, ...]]:

@@ -159,9 +159,13 @@ def test_ratios_are_formed_within_a_round():
     """The machine is three times slower in the second round, which changes no ratio."""
     machine = np.array([1.0, 3.0, 1.0, 1.0, 1.0])
     times = {"eqx_norms": 4 * machine, "flax": 8 * machine, "equinox": 5 * machine}
-    ours = speed.compare(times, machine, copies=2)["eqx_norms"]
+    times["vmap"] = np.array([5.0, 15.0, 6.0, 7.0, 8.0])
+    compared = speed.compare(times, machine, copies=2)
+    ours, vmap = compared["eqx_norms"], compared["vmap"]["to_peers"]["JAX"]
     assert (ours["seconds"], ours["to_floor"], ours["to_floor_iqr"]) == (4.0, 2.0, 0.0)
     assert ours["to_peers"] == {"JAX": {"peer": "equinox", "ratio": 0.8, "iqr": 0.0}}
+    # Ratios 1, 1, 1.2, 1.4, 1.6 to Equinox.
+    assert (vmap["ratio"], vmap["iqr"]) == (pytest.approx(1.2), pytest.approx(0.4))
 
 
 # A program of one computation, after others. `x` is 128 bytes.

@@ -735,8 +735,8 @@ def test_axes_that_vary_in_part(case, split, masked):
         return jax.shard_map(
             lambda x, kwargs: call(split_up, state, x, **kwargs),
             mesh=devices,
-            in_specs=(P(split), P(split)),
-            out_specs=P(split),
+            in_specs=(PartitionSpec(split), PartitionSpec(split)),
+            out_specs=PartitionSpec(split),
         )(x, kwargs)
 
     def with_gradient(f):

@@ -1,5 +1,6 @@
 """`recalibrate` against the statistics, in float64, of all batches joined to one."""
 
+import functools
 import sys
 from typing import Any
 

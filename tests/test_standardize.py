@@ -1,9 +1,11 @@
 """The function that the layers are made of: against float64, and against the layers."""
 
 import functools as ft
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
