@@ -18,6 +18,78 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+
+# Each with how it is drawn: a colour is a norm, a dashed line its default.
+NORMS = {
+    "none": "k-",
+    "batch": "C4-",
+    "batch-default": "C4--",
+    "layer": "C3-",
+    "rms": "C9-",
+}
+CHANNELS = (1, 16, 16, 32, 32, 32)
+TRAIN_SIZE = 1440  # of 1797; the others are for the test
+BATCH_SIZE = 120
+LEARNING_RATE = 3e-3
+
+
+# The command line. It comes before the imports that take seconds, so that `--help` and
+# mistakes are answered at once.
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text) if text.isdecimal() else least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number, at least {least}, got {text}"
+            )
+        return value
+
+    return parse
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a small network on handwritten digits, once for each norm.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--norm", choices=("all", *NORMS), default="all", help="which to train with"
+    )
+    parser.add_argument(
+        "--devices",
+        type=whole_number(1),
+        default=1,
+        help="how many to split each batch over",
+    )
+    parser.add_argument("--epochs", type=whole_number(1), default=10, help="for each norm")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="of weights and batches"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("train_digits.png"),
+        help="the picture; one of this name is kept, and the new one numbered",
+    )
+    options = parser.parse_args(argv)
+    if BATCH_SIZE % options.devices:
+        parser.error(
+            f"argument --devices: must divide the batch of {BATCH_SIZE}, "
+            f"got {options.devices}"
+        )
+    folder = options.output.parent
+    if options.output.suffix != ".png":
+        parser.error(f"argument --output: must end in .png, got {options.output}")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        parser.error(f"argument --output: cannot write to the folder {folder}")
+    return options
+
+
+if __name__ == "__main__":
+    parse(None)  # `main` does it again, for those who import this.
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -32,20 +104,6 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import eqx_norms as en
-
-
-# Each with how it is drawn: a colour is a norm, a dashed line its default.
-NORMS = {
-    "none": "k-",
-    "batch": "C4-",
-    "batch-default": "C4--",
-    "layer": "C3-",
-    "rms": "C9-",
-}
-CHANNELS = (1, 16, 16, 32, 32, 32)
-TRAIN_SIZE = 1440  # of 1797; the others are for the test
-BATCH_SIZE = 120
-LEARNING_RATE = 3e-3
 
 
 # The network.
@@ -194,7 +252,8 @@ def train(
     batches = TRAIN_SIZE // BATCH_SIZE
     loss = np.zeros((epochs, batches))
     accuracy = np.zeros(epochs)
-    with tqdm(total=epochs * batches, desc=f"{norm:>13}", unit="step") as bar:
+    # `None`: no bar where standard error is no terminal. A line is printed there instead.
+    with tqdm(total=epochs * batches, desc=f"{norm:>13}", unit="step", disable=None) as bar:
         for epoch in range(epochs):
             for i, chosen in enumerate(shuffle(TRAIN_SIZE).reshape(batches, -1)):
                 batch = Data(data.images[chosen], data.labels[chosen])
@@ -211,7 +270,15 @@ def train(
         for layer in model.norms
         if isinstance(layer, en.BatchNorm)
     ]
-    return History(loss, accuracy, running, time.perf_counter() - start)
+    history = History(loss, accuracy, running, time.perf_counter() - start)
+    if bar.disable:
+        print(
+            f"{norm:>13}: loss {loss[-1].mean():.3f}, accuracy {accuracy[-1]:.1%}, "
+            f"{history.seconds:.1f} seconds",
+            file=sys.stderr,
+            flush=True,
+        )
+    return history
 
 
 # The results.
@@ -262,7 +329,10 @@ def plot(histories: dict[str, History], output: Path) -> None:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend(title="norm")
+    # One for both, above them: inside it would cover curves.
+    figure.legend(
+        *loss.get_legend_handles_labels(), loc="outside upper center", ncols=len(histories)
+    )
 
     if running:
         norm, layers = next(iter(running.items()))
@@ -299,63 +369,13 @@ def unused(path: Path) -> Path:
     return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text) if text.isdecimal() else least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number, at least {least}, got {text}"
-            )
-        return value
-
-    return parse
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train a small network on handwritten digits, once for each norm.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--norm", choices=("all", *NORMS), default="all", help="which to train with"
-    )
-    parser.add_argument(
-        "--devices",
-        type=whole_number(1),
-        default=1,
-        help="how many to split each batch over",
-    )
-    parser.add_argument("--epochs", type=whole_number(1), default=10, help="for each norm")
-    parser.add_argument(
-        "--seed", type=whole_number(0), default=0, help="of weights and batches"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("train_digits.png"),
-        help="the picture; one of this name is kept, and the new one numbered",
-    )
-    options = parser.parse_args(argv)
-    if BATCH_SIZE % options.devices:
-        parser.error(
-            f"argument --devices: must divide the batch of {BATCH_SIZE}, "
-            f"got {options.devices}"
-        )
-    folder = options.output.parent
-    if options.output.suffix != ".png":
-        parser.error(f"argument --output: must end in .png, got {options.output}")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        parser.error(f"argument --output: cannot write to the folder {folder}")
-    return options
-
-
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     if options.devices > 1:
         # Before the first use of JAX: the processor counts as so many devices.
         jax.config.update("jax_num_cpu_devices", options.devices)
     norms = list(NORMS) if options.norm == "all" else [options.norm]
-    histories = {}
+    histories, code = {}, 0
     try:
         data, test = load_data()
         for norm in norms:
@@ -367,18 +387,16 @@ def main(argv: list[str] | None = None) -> int:
                 epochs=options.epochs,
                 seed=options.seed,
             )
+    except KeyboardInterrupt:
+        message = f"Interrupted: {len(histories)} of {len(norms)} networks were trained."
+        print(message, file=sys.stderr)
+        code = 130
+    if histories:
         print_table(histories)
         output = unused(options.output)
         plot(histories, output)
         print(f"The curves are in {output}.")
-    except KeyboardInterrupt:
-        print(
-            f"Interrupted: {len(histories)} of {len(norms)} networks were trained, no "
-            "picture was written.",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    return code
 
 
 if __name__ == "__main__":

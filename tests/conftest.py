@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import pytest
 
@@ -13,23 +15,25 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # or where running takes longer than compiling. Elsewhere XLA does as little as it can.
 AS_FOR_USERS = {
     "test_accuracy",
-    "test_benchmarks",
-    "test_core",
-    "test_cost",
+    "test_accuracy_in_every_way",
+    "test_all_reduces",
+    "test_as_users_compile",
     "test_documents",
     "test_exactness",
     "test_memory",
+    "test_programs",
     "test_rows",
     "test_train_digits",
+}
+# These halve the time of what is left, most of which XLA's compiler takes.
+QUICK_OPTIONS = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
 }
 
 
 def is_as_for_users(item):
     return item.module.__name__.rpartition(".")[2] in AS_FOR_USERS
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "as_for_users: is compiled as it is for users")
 
 
 def pytest_collection_modifyitems(items):
@@ -38,12 +42,45 @@ def pytest_collection_modifyitems(items):
             item.add_marker("as_for_users")
 
 
+@pytest.fixture(scope="session")
+def quick_options():
+    """Those of the options that this XLA knows."""
+
+    def is_known(name, value):
+        f = jax.jit(lambda x: x, compiler_options={name: value})
+        try:
+            f.lower(0.0).compile()
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    return {name: value for name, value in QUICK_OPTIONS.items() if is_known(name, value)}
+
+
 @pytest.fixture(autouse=True, scope="module")
-def compiles_quickly(request):
-    jax.config.update("jax_disable_most_optimizations", not is_as_for_users(request))
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def compiles_quickly(request, quick_options):
+    """Or as for users. The variable `XLA_FLAGS` would be for all of a process, and would
+    end it where XLA does not know a flag. JAX has no setting for the options of all.
+    """
+    if is_as_for_users(request):
+        yield
+    else:
+        from jax._src import compiler
+
+        make = compiler.get_compile_options
+
+        @functools.wraps(make)
+        def quick(*args, env_options_overrides=None, **kwargs):
+            options = {**quick_options, **(env_options_overrides or {})}
+            return make(*args, env_options_overrides=options, **kwargs)
+
+        jax.config.update("jax_disable_most_optimizations", True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compiler, "get_compile_options", quick)
+            yield
+        jax.config.update("jax_disable_most_optimizations", False)
     # Programs on a CPU keep memory mapped, of which Linux allows a process 65,530 pieces:
     # 8,600 after a quarter of the tests in one process, or 1,300 with this. Without it a
-    # run of all of them ended in a crash of XLA 0.12, late and once.
+    # run of all of them ended in a crash of XLA 0.12, late and once. And what is compiled
+    # in one way must not serve in the other.
     jax.clear_caches()

@@ -1,16 +1,21 @@
 """The table of layers that drives each battery, and what the tests have in common."""
 
 import contextlib
+import functools
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 import eqx_norms as en
 
@@ -203,6 +208,8 @@ WRAPPERS = [
 ]
 
 LAYERS = [*NORMS, *WRAPPERS]
+STATEFUL = [case for case in LAYERS if case.stateful]
+(BATCH_NORM,) = (case for case in NORMS if case.stateful)
 
 
 def over(*cases: Case) -> pytest.MarkDecorator:
@@ -213,6 +220,31 @@ all_layers = over(*LAYERS)
 all_norms = over(*NORMS)
 # Where a battery gives the layers vectors, or the same axes to each.
 vector_norms = over(*(case for case in NORMS if case.on_vectors))
+
+
+def over_space(by: str, layer: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
+    """The layer with four parts of the second axis along the name `space`."""
+
+    def one(x, mask):
+        return layer(x, mask=mask)
+
+    if by == "vmap":
+        parts = lambda a: a.reshape(a.shape[0], 4, -1, a.shape[-1])  # noqa: E731
+        run = jax.vmap(one, 1, 1, axis_name="space")
+        return run(parts(x), parts(mask)).reshape(x.shape)
+    spec = P(None, "space")
+    run = jax.shard_map(one, mesh=make_mesh(space=4), in_specs=(spec, spec), out_specs=spec)
+    return run(x, mask)
+
+
+def half(*choices: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Every second combination, so that of any two choices all pairs are among them."""
+    indexed = itertools.product(*(enumerate(choice) for choice in choices))
+    return [
+        tuple(value for _, value in row)
+        for row in indexed
+        if sum(index for index, _ in row) % 2 == 0
+    ]
 
 
 def clone(tree: Any) -> Any:
@@ -328,19 +360,91 @@ def along(array: Any, axes: tuple[int, ...], ndim: int) -> np.ndarray:
     return out
 
 
-def randomize(layer: Any, seed: int = 0) -> Any:
+def randomize(layer: Any, seed: int = 0, size: float = 0.25) -> Any:
     """What it learns, moved at random: ones and zeros hide mistakes."""
-    params, static = eqx.partition(layer, eqx.is_inexact_array)
-    leaves, treedef = jax.tree.flatten(params)
-    moved = [
-        leaf + normal(1000 * seed + number, leaf.shape).astype(leaf.dtype) / 4
-        for number, leaf in enumerate(leaves)
-    ]
-    return eqx.combine(jax.tree.unflatten(treedef, moved), static)
+    rng = np.random.default_rng(seed)
+
+    def move(leaf):
+        if not eqx.is_inexact_array(leaf):
+            return leaf
+        return leaf + jnp.asarray(rng.normal(0, size, leaf.shape), leaf.dtype)
+
+    return jax.tree.map(move, layer)
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    """Made by NumPy, as `jax.random` would compile a program for each shape."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        x = (x + 1j * rng.standard_normal(shape)) / np.sqrt(2)
+    return jnp.asarray(x, dtype)
+
+
+def make_mesh(kind: AxisType = AxisType.Auto, **sizes: int) -> Mesh:
+    """`make_mesh(data=4, model=2)` has so many devices along each axis."""
+    kinds = (kind,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
+
+
+def assert_close(
+    found: Any,
+    wanted: Any,
+    tolerance: float = 1e-5,
+    *,
+    same_dtype: bool = True,
+    what: str = "",
+) -> None:
+    """The arrays of two trees are the same in shape and dtype, and each differs by at most
+    a tolerance of the greatest magnitude that is wanted, or of one."""
+    found, wanted = (
+        [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+        for tree in (found, wanted)
+    )
+    assert len(found) == len(wanted) > 0, what
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape, what
+        assert one.dtype == other.dtype or not same_dtype, what
+        one, other = (np.asarray(a).astype(np.complex128) for a in (one, other))
+        atol = tolerance * max(1.0, np.abs(other).max(initial=0))
+        np.testing.assert_allclose(one, other, rtol=0, atol=atol, err_msg=what)
+
+
+def with_gradients(f):
+    """The output as it is without differentiation, and with, which are two programs; and
+    the gradients of the input and of all that is learned."""
+
+    def of_f(layer, state, x, **kwargs):
+        def loss(layer_and_x):
+            layer, x = layer_and_x
+            y = f(layer, state, x, **kwargs)
+            return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+        (dlayer, dx), y = eqx.filter_grad(loss, has_aux=True)((layer, x))
+        return f(layer, state, x, **kwargs), y, dx, dlayer
+
+    return of_f
+
+
+# Of a function of layer, state and input. The cache saves compiling what is wanted anew for
+# each that it is compared with.
+WAYS = {
+    "eager": lambda f: f,
+    "jit of grad": functools.cache(lambda f: eqx.filter_jit(with_gradients(f))),
+}
+
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+
+
+@contextlib.contextmanager
+def raises(layer, match, request: Any = None, typed=None):
+    """An error of the layer's own; of the argument `typed` jaxtyping complains first,
+    where it checks."""
+    error, match = ValueError, f"(?s)^{layer}: .*{match}"
+    if typed and request.config.getoption("--jaxtyping-packages"):
+        error, match = jaxtyping.TypeCheckError, f"typechecking parameter '{typed}'"
+    with pytest.raises(error, match=match):
+        yield
 
 
 @contextlib.contextmanager

@@ -11,7 +11,17 @@ import pytest
 
 import eqx_norms as en
 
-from .helpers import along, clone, normal, randomize, reference
+from .helpers import (
+    BATCH_NORM,
+    along,
+    assert_close,
+    clone,
+    normal,
+    raises,
+    randomize,
+    reference,
+    step,
+)
 
 
 def build(num_features: Any = 8, **kwargs: Any) -> Any:
@@ -91,26 +101,26 @@ def test_axis(axis):
 def test_momentum(momentum):
     layer, state = build(momentum=momentum)
     mean, var = np.zeros(8), np.ones(8)
-    for step in range(4):
-        x = step + (1 + step) * normal(step, (16, 8))
+    for number in range(4):
+        x = number + (1 + number) * normal(number, (16, 8))
         _, state = layer(x, state)
         _, batch_mean, batch_var = reference(x, (0,))
         mean = momentum * mean + (1 - momentum) * batch_mean[0]
         var = momentum * var + (1 - momentum) * batch_var[0]
-        assert_stats(layer, state, mean, var, step + 1, atol=2e-5)
+        assert_stats(layer, state, mean, var, number + 1, atol=2e-5)
 
 
 def test_no_momentum_is_the_average_over_all_batches():
     layer, state = build(momentum=None)
     means, variances = [], []
-    for step in range(5):
-        x = step + (1 + step) * normal(step, (16, 8))
+    for number in range(5):
+        x = number + (1 + number) * normal(number, (16, 8))
         _, state = layer(x, state)
         _, mean, var = reference(x, (0,))
         means.append(mean[0])
         variances.append(var[0])
         assert_stats(
-            layer, state, np.mean(means, 0), np.mean(variances, 0), step + 1, atol=5e-5
+            layer, state, np.mean(means, 0), np.mean(variances, 0), number + 1, atol=5e-5
         )
 
 
@@ -285,3 +295,60 @@ def test_gradient_into_a_state_in_evaluation():
     v = 2 + 1e-5
     np.testing.assert_allclose(grads[0], -2 * d.sum(0) / v, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(grads[1], -(d * d).sum(0) / v**2, rtol=1e-4)
+
+
+# A batch of one position.
+
+
+ONE = [
+    ("a vector", {}, (1, 8), None),
+    ("an image of one pixel", {}, (1, 1, 1, 8), None),
+    ("one example of a vmap", {"axis_name": "batch"}, (1, 8), "batch"),
+    (
+        "groups of one member",
+        {"axis_name": "batch", "axis_index_groups": [[0], [1]]},
+        (2, 8),
+        "batch",
+    ),
+]
+
+
+def over_batch(layer, state, x, name, **kwargs):
+    if name is None:
+        return step(layer, state, x, **kwargs)
+    one = lambda x, kwargs: step(layer, state, x, **kwargs)  # noqa: E731
+    return jax.vmap(one, out_axes=(0, None), axis_name=name)(x, kwargs)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("kwargs", "shape", "name"), [row[1:] for row in ONE], ids=[row[0] for row in ONE]
+)
+def test_one_position(kwargs, shape, name, jit):
+    layer, state = BATCH_NORM.build(8, **kwargs)
+    f = eqx.filter_jit(over_batch) if jit else over_batch
+    x = 3 * normal(0, shape) + 5
+    with raises("BatchNorm", "needs more than one position for each mean"):
+        f(layer, state, x, name)
+    # A mask may leave that many or none, from batch to batch: the statistics stay.
+    mask = jnp.ones((*shape[:-1], 1), bool)
+    y, new = f(layer, state, x, name, mask=mask)
+    assert np.all(y == 0)
+    assert_close(new, state, 0)
+    # Evaluation has no need of any batch.
+    y, _ = f(eqx.nn.inference_mode(layer), state, x, name)
+    assert_close(y, x / np.sqrt(1 + 1e-5))
+
+
+def test_one_position_of_one_of_the_groups():
+    """The group that has more says it all."""
+    groups = [[0, 1], [2, 3]]
+    layer, state = BATCH_NORM.build(
+        8, axis_name="batch", axis_index_groups=groups, momentum=0.0
+    )
+    x = normal(0, (4, 8))
+    mask = jnp.asarray([True, True, True, False])[:, None]
+    _, new = over_batch(layer, state, x, "batch", mask=mask)
+    stats = layer.running_stats(new)
+    _, mean, var = reference(x[:2], (0,))
+    assert_close((stats.mean, stats.var), (jnp.asarray(mean[0]), jnp.asarray(var[0])))

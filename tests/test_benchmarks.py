@@ -1,10 +1,15 @@
-"""The command `python -m tests.benchmarks`: that it runs, and that it compares like with
-like. What it measures is not tested here."""
+"""The commands of `tests.benchmarks` run, compare like with like, and count what they say.
+
+What they measure is not tested here.
+"""
 
 import contextlib
 import importlib.util
 import io
 import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,268 +17,242 @@ import numpy as np
 import pytest
 
 from .benchmarks import __main__ as command
-from .benchmarks import blocks, compiled, size, speed
-from .benchmarks.rivals import LAYOUTS
+from .benchmarks import blocks, compiled, hlo, speed
+from .benchmarks.hlo import Cost
 from .helpers import reference
 
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
-ALL = [case.name for case in speed.CASES]
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    """What a small run returns, what it prints, and the folder of its files."""
-    folder, out = tmp_path_factory.mktemp("benchmarks"), io.StringIO()
-    argv = ["--quick", "--layers", "RMSNorm", "--rounds", "2", "--mean", "3"]
-    argv += ["--json", str(folder / "results.json")]
-    if HAS_MATPLOTLIB:
-        argv += ["--plot", str(folder / "plot.png")]
-    with contextlib.redirect_stdout(out):
-        results = command.main(argv)
-    return results, out.getvalue(), folder
-
-
-def test_json(quick):
-    results, _, folder = quick
-    assert json.loads((folder / "results.json").read_text()) == results
-    assert set(results) == {"run", "speed", "memory", "size", "all_reduces"}
-    run = results["run"]
-    assert run["platform"] == "cpu"
-    assert run["threads"] >= 1
-    assert run["command"].startswith("python -m tests.benchmarks --quick --layers RMSNorm")
-    assert {"python", "jax", "equinox", "flax", "torch"} <= set(run["versions"])
-    keys = [(r["layer"], r["shape"], r["dtype"], r["pass"]) for r in results["speed"]]
-    assert keys == [
-        ("RMSNorm", [512, 256], dtype, name)
-        for dtype in ("float32", "bfloat16")
-        for name in ("forward", "both")
-    ]
-    for record in results["speed"]:
-        libraries = record["libraries"]
-        assert {"eqx_norms", "vmap", "flax", "equinox"} <= set(libraries)
-        assert ("torch" in libraries) == (run["torch_device"] is not None)
-        assert len(record["copy"]["rounds"]) == 2
-        for library, given in libraries.items():
-            assert len(given["rounds"]) == 2
-            assert given["seconds"] > 0
-            assert bool(given["to_peers"]) == (library in speed.OURS)
-    assert [r["library"] for r in results["size"]] == ["eqx_norms", "flax", "equinox"]
-    assert all(r["kept"] > 0.9 for r in results["memory"])
-
-
-def test_tables(quick):
-    results, printed, _ = quick
-    for text in ("RMSNorm: time in units of the floor", "512x256 NC", "Memory", "Size"):
-        assert text in printed
-    assert results["run"]["device"] in printed
-    for record in results["speed"]:
-        assert f"{record['libraries']['eqx_norms']['to_floor']:.2f}" in printed
-
-
-@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="matplotlib is not installed")
-def test_plot(quick):
-    path = quick[2] / "plot.png"
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert path.stat().st_size > 10_000
-
-
-def test_an_earlier_run_is_shown_as_it_was(quick, tmp_path, capsys):
-    results, printed, folder = quick
-    source = str(folder / "results.json")
-    assert command.main(["--from", source]) == results
+def test_measured(tmp_path, capsys):
+    """A small run: its tables, its plot, and the same tables again from its file."""
+    file, picture = tmp_path / "results.json", tmp_path / "plot.png"
+    argv = ["--quick", "--layers", "RMSNorm", "--rounds", "2", "--json", str(file)]
+    results = command.main([*argv, *["--plot", str(picture)] * HAS_MATPLOTLIB])
+    printed = capsys.readouterr().out
+    assert json.loads(file.read_text()) == results
+    assert command.main(["--from", str(file)]) == results
     assert capsys.readouterr().out == printed
+    assert not HAS_MATPLOTLIB or picture.read_bytes().startswith(b"\x89PNG")
+    libraries = {"eqx_norms", "flax", "equinox"}
+    assert len(results["speed"]) == 4  # two dtypes, two passes
+    for record in results["speed"]:
+        assert libraries | {"vmap"} <= set(record["libraries"])
+        assert f"{record['libraries']['eqx_norms']['to_floor']:.2f}" in printed
+    for part in ("memory", "size"):
+        assert {record["library"] for record in results[part]} == libraries
     with pytest.raises(SystemExit, match="nothing of LayerNorm"):
-        command.main(["--from", source, "--layers", "LayerNorm"])
+        command.main(["--from", str(file), "--layers", "LayerNorm"])
 
 
-def test_summary():
-    def record(ratio, iqr):
-        given = {"to_peers": {"JAX": {"ratio": ratio, "iqr": iqr}}}
-        return {"pass": "both", "libraries": {"eqx_norms": given, "vmap": given}}
-
-    records = [record(0.9, 0.1), record(1.1, 0.3), record(1.1, 0.1)]
-    _, rows = speed.summary(records)
-    assert ["eqx_norms", "both", "3", "2", "1.10"] in rows
+def test_the_record_of_a_cpu_can_be_shown(capsys):
+    source = pathlib.Path(command.__file__).with_name("cpu.json")
+    command.main(["--from", str(source), "--markdown"])
+    printed = capsys.readouterr().out
+    assert printed.count(": time in units of the floor") == 5
+    assert "| eqx_norms | both | 42 |" in printed
 
 
-def test_ratios_are_formed_within_a_round():
-    """The machine is three times slower in the second round, which changes no ratio."""
-    machine = np.array([1.0, 3.0, 1.0, 1.0, 1.0])
-    times = {
-        "eqx_norms": 4 * machine,
-        "vmap": np.array([5.0, 15.0, 6.0, 7.0, 8.0]),
-        "flax": 8 * machine,
-        "equinox": 5 * machine,
-        "torch": 2 * machine,
-    }
-    compared = speed.compare(times, machine, copies=2)
-    ours = compared["eqx_norms"]
-    assert (ours["seconds"], ours["to_floor"], ours["to_floor_iqr"]) == (4.0, 2.0, 0.0)
-    assert ours["of_bandwidth"] == 0.5
-    assert ours["to_peers"] == {
-        "JAX": {"peer": "equinox", "ratio": 0.8, "iqr": 0.0},
-        "PyTorch": {"peer": "torch", "ratio": 2.0, "iqr": 0.0},
-    }
-    # Ratios 1, 1, 1.2, 1.4, 1.6 to Equinox.
-    vmap = compared["vmap"]["to_peers"]["JAX"]
-    assert vmap["ratio"] == pytest.approx(1.2)
-    assert vmap["iqr"] == pytest.approx(0.4)
-    assert compared["torch"]["to_peers"] == {}
-    assert compared["torch"]["to_floor"] == 1.0
+def test_all_reduces_are_counted_in_a_process_with_eight_devices():
+    ours, *others = command.all_reduces(["RMSNorm"])
+    assert isinstance(ours, dict), ours
+    assert (ours["batch: forward"], ours["features: forward"]) == (0, 1)
+    assert len(others) == 2
 
 
-def test_a_missing_library_is_left_out():
-    compared = speed.compare({"eqx_norms": [2.0], "vmap": [3.0]}, [1.0], copies=1)
-    assert compared["vmap"]["to_peers"] == {}
-    assert compared["vmap"]["to_floor"] == 3.0
+def test_steps_of_blocks(monkeypatch):
+    for name, value in {"WIDTH": 16, "HIDDEN": 16, "BLOCKS": 1}.items():
+        monkeypatch.setattr(compiled, name, value)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        records = blocks.main(["--layers", "RMSNorm", "--tokens", "8", "--rounds", "2"])
+    assert len(records) == 2 * 5
+    assert "1 blocks, 8 tokens of 16 features" in out.getvalue()
 
 
-def test_rounds_end_early_but_not_too_early():
-    made = {"a": {"forward": lambda calls: None}, "b": {"forward": lambda calls: None}}
-    for seconds, expected in ((0.0, speed.FEWEST_ROUNDS), (60.0, 9)):
-        times = speed.measure(made, rounds=9, seconds=seconds)
-        assert {len(passes["forward"]) for passes in times.values()} == {expected}
+COMPILERS = {"gpu": "jax_plugins.xla_cuda12", "tpu": "libtpu"}
 
 
-def test_cells():
-    every = list(speed.cells(ALL, quick=False))
-    shapes = {(c.case.name, c.layout): set() for c in every}
-    for cell in every:
-        shapes[cell.case.name, cell.layout].add(cell.shape)
-        assert cell.num_features == cell.shape[1 if cell.layout == "NCHW" else -1]
-    assert shapes["LayerNorm", "NC"] == {(8192, 1024), (4096, 4096), (65536, 128)}
-    assert shapes["GroupNorm", "NCHW"] == {(64, 64, 32, 32), (32, 512, 16, 16)}
-    assert shapes["BatchNorm", "NHWC"] == {(64, 32, 32, 64), (32, 16, 16, 512)}
-    assert len(every) == 2 * sum(map(len, shapes.values()))
-    few = list(speed.cells(["LayerNorm", "InstanceNorm"], quick=True))
-    assert [(c.case.name, c.layout) for c in few[::2]] == [
-        ("LayerNorm", "NC"),
-        ("InstanceNorm", "NCHW"),
-    ]
+def is_installed(platform):
+    try:
+        return importlib.util.find_spec(COMPILERS[platform]) is not None
+    except ModuleNotFoundError:
+        return False
 
 
-def laid_out(cell):
-    small = {"NC": (8, 64), "NHWC": (4, 3, 3, 64), "NCHW": (4, 64, 3, 3)}
-    return cell._replace(shape=small[cell.layout])
+def test_compiled(tmp_path):
+    """With the compilers that are installed; the others are left out, and that is said."""
+    argv = ["--layers", "RMSNorm", "--dtype", "float32", "--parts", "layers"]
+    argv += ["--json", str(tmp_path / "out.json")]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.compiled", *argv],
+        capture_output=True,
+        cwd=pathlib.Path(__file__).parents[1],
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    records = json.loads((tmp_path / "out.json").read_text())["layers"]
+    for platform in COMPILERS:
+        found = [record for record in records if record["platform"] == platform]
+        if is_installed(platform):
+            assert {"eqx_norms", "flax"} <= {record["library"] for record in found}
+            assert all(record["inference"]["units"] >= 1.99 for record in found)
+        else:
+            assert f"{compiled.PLATFORMS[platform]} is left out: " in run.stdout
+            assert not found
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "message"),
+    [
+        (command.parse, ["--from", "missing.json"], "there is no file missing.json"),
+        (command.parse, ["--json", "missing/a.json"], "no folder for missing/a.json"),
+        (command.parse, ["--layers", "Unknown"], "['Unknown'] are none of"),
+        (compiled.parse, ["--platform", "Unknown"], "['Unknown'] are none of"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_done_is_said_at_once(main, argv, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    assert message in capsys.readouterr().err
 
 
 CELLS = {
-    f"{cell.case.name}-{cell.layout}-{jnp.dtype(cell.dtype).name}": laid_out(cell)
-    for cell in speed.cells(ALL, quick=False)
+    f"{cell.case.name}-{cell.layout}": cell
+    for cell in speed.cells([case.name for case in speed.CASES], quick=True)
     if cell.dtype == jnp.float32
-    or (cell.layout == "NC" and cell.case.name != "RMSNorm")  # it is in the run above
 }
 
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
 def test_all_libraries_compute_the_same(cell):
-    """The output, against float64; the gradient of the input and the dtype of all,
-    against each other."""
-    made = speed.runners(cell, mean=1.0)
-    made.pop("copy")
+    """The output, against float64; the gradient of the input, against each other; and what
+    two programs return, forward and backward, is what one returns."""
+    cell = cell._replace(shape=(8, 64) if cell.layout == "NC" else (4, 64, 3, 3))
+    first = cell.layout == "NCHW"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        patch.setattr(speed, "torch_device", lambda: "cpu" if HAS_TORCH else None)
+        made = speed.runners(cell, mean=1.0)
+    del made["copy"]
     assert len(made) >= 3
-    channels_first = cell.layout == "NCHW"
-    half = cell.dtype == jnp.bfloat16
     x = 1 + np.random.default_rng(0).standard_normal(cell.shape, np.float32)
-    x = np.asarray(jnp.asarray(x, cell.dtype), np.float64)
-    x = np.moveaxis(x, 1, -1) if channels_first else x
-    axes = cell.case.reduction_axes(x.ndim)
-    expected = reference(x, axes, **cell.case.formula)[0]
+    x = np.moveaxis(x, 1, -1) if first else x
+    expected = reference(x, cell.case.reduction_axes(x.ndim), **cell.case.formula)[0]
     gradient = None
     for library, passes in made.items():
-        y, dx, *rest = passes["both"](1)
-        assert len(rest) >= 1
-        for array in (y, dx):
-            assert str(array.dtype).endswith(jnp.dtype(cell.dtype).name), library
-        if library.startswith("torch"):
-            y, dx = (a.float().numpy() for a in (y, dx))
-            if cell.layout == "NHWC":
-                y, dx = (np.moveaxis(a, 1, -1) for a in (y, dx))
-        y, dx = (np.asarray(a, np.float64) for a in (y, dx))
+        y, dx, *_ = (np.asarray(a) for a in jax.tree.leaves(passes["both"](1)))
         gradient = dx if gradient is None else gradient
-        y = np.moveaxis(y, 1, -1) if channels_first else y
-        tolerance = 0.1 if half else 1e-3
-        np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance, err_msg=library)
-        np.testing.assert_allclose(dx, gradient, rtol=0, atol=tolerance, err_msg=library)
+        y = np.moveaxis(y, 1, -1) if first else y
+        for found, wanted in ((y, expected), (dx, gradient)):
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3, err_msg=library)
+        if library in ("eqx_norms", "vmap", "flax", "equinox"):
+            apart = jax.tree.leaves(passes["apart"](2))
+            np.testing.assert_allclose(apart[0], dx, rtol=1e-5, atol=1e-4, err_msg=library)
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--from", "missing.json"], "there is no file missing.json"),
-        (
-            ["--from", __file__, "--mean", "3"],
-            "--mean: what --from reads has been measured",
-        ),
-        (["--json", "missing/a.json"], "there is no folder for missing/a.json"),
-        (["--plot", "a.txt"], "--plot writes a PNG file, and a.txt is none"),
-    ],
-    ids=["from", "mean", "json", "plot"],
-)
-def test_what_cannot_be_done_is_said_at_once(argv, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        command.parse(argv)
-    assert message in capsys.readouterr().err
+HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
-def test_layouts_are_known():
-    assert {cell.layout for cell in speed.cells(ALL, quick=False)} == set(LAYOUTS)
+def test_ratios_are_formed_within_a_round():
+    """The machine is three times slower in the second round, which changes no ratio."""
+    machine = np.array([1.0, 3.0, 1.0, 1.0, 1.0])
+    times = {"eqx_norms": 4 * machine, "flax": 8 * machine, "equinox": 5 * machine}
+    times["vmap"] = np.array([5.0, 15.0, 6.0, 7.0, 8.0])
+    compared = speed.compare(times, machine, copies=2)
+    ours, vmap = compared["eqx_norms"], compared["vmap"]["to_peers"]["JAX"]
+    assert (ours["seconds"], ours["to_floor"], ours["to_floor_iqr"]) == (4.0, 2.0, 0.0)
+    assert ours["to_peers"] == {"JAX": {"peer": "equinox", "ratio": 0.8, "iqr": 0.0}}
+    # Ratios 1, 1, 1.2, 1.4, 1.6 to Equinox.
+    assert (vmap["ratio"], vmap["iqr"]) == (pytest.approx(1.2), pytest.approx(0.4))
 
 
-def test_first_result_of_images():
-    case = next(case for case in speed.CASES if case.name == "InstanceNorm")
-    program = size.make_program("eqx_norms", case.name, stateful=False, shape=size.IMAGES)
-    imported, first = size.seconds(program, repeats=1)
-    assert 0 < imported < first
+# A program of one computation, after others. `x` is 128 bytes.
+PROGRAM = """HloModule jit_f
+
+{}
+
+ENTRY %main () -> f32[] {{
+  %x = f32[8,4]{{1,0}} parameter(0)
+{}
+}}
+"""
+PROGRAMS = {
+    "free names, dtypes, the same operand twice": (
+        "",
+        "  %flat = bf16[32]{0} bitcast(%x)\n  %half = bf16[8,4]{1,0} convert(%x)\n"
+        "  ROOT %y = f32[8,4]{1,0} multiply(%half, %half)",
+        Cost((128 + 64) + (64 + 128), kernels=2),
+    ),
+    "a fusion that slices": (
+        """%inside (p: f32[8,4]) -> (f32[4], f32[8]) {
+  %p = f32[8,4]{1,0} parameter(0)
+  %named = f32[8,4]{1,0} bitcast(%p)
+  %first = f32[1,4]{1,0} slice(%named), slice={[0:1], [0:4]}
+  %last = f32[1,4]{1,0} slice(%p), slice={[7:8], [0:4]}
+  %sum = f32[4]{0} add(%first, %last)
+  ROOT %t = (f32[4]{0}, f32[8]{0}) tuple(%sum, %sum)
+}""",
+        "  ROOT %f = (f32[4]{0}, /*index=1*/f32[8]{0}) fusion(%x), calls=%inside",
+        Cost(16 + 16 + 16 + 32, kernels=1),
+    ),
+    "a fusion that slices, and reads all": (
+        """%inside (p: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %first = f32[1,4]{1,0} slice(%p), slice={[0:1], [0:4]}
+  ROOT %d = f32[8,4]{1,0} subtract(%p, %first)
+}""",
+        "  ROOT %f = f32[8,4]{1,0} fusion(%x), calls=%inside",
+        Cost(128 + 128, kernels=1),
+    ),
+    "an update in place": (
+        "",
+        "  %row = f32[1,4]{1,0} parameter(1)\n  %at = s32[] parameter(2)\n"
+        "  ROOT %u = f32[8,4]{1,0} dynamic-update-slice(%x, %row, %at, %at)",
+        Cost(16 + 4 + 16, kernels=1),
+    ),
+    "memory on the chip": (
+        "",
+        "  %start = (f32[8,4]{1,0:S(1)}, f32[8,4]{1,0}, u32[]{:S(2)}) copy-start(%x)\n"
+        "  %there = f32[8,4]{1,0:S(1)} copy-done(%start)\n"
+        "  ROOT %y = f32[8,4]{1,0} exponential(%there),"
+        ' backend_config={"estimated_cycles":"700"}',
+        Cost(128 + 128, kernels=2, cycles=700),
+    ),
+    "a loop": (
+        """%go (a: f32[8,4]) -> pred[] {
+  %a = f32[8,4]{1,0} parameter(0)
+  ROOT %c = pred[] constant(true)
+}
+
+%step (b: f32[8,4]) -> f32[8,4] {
+  %b = f32[8,4]{1,0} parameter(0)
+  ROOT %e = f32[8,4]{1,0} exponential(%b)
+}""",
+        "  ROOT %w = f32[8,4]{1,0} while(%x), condition=%go, body=%step,"
+        ' backend_config={"known_trip_count":{"n":"5"}}',
+        Cost(5 * 256, kernels=5),
+    ),
+    "a conditional, and collectives": (
+        """%dear (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %r = f32[8,4]{1,0} all-reduce(%a), to_apply=%add
+  ROOT %n = f32[8,4]{1,0} negate(%r)
+}
+
+%cheap (b: f32[8,4]) -> f32[8,4] {
+  %b = f32[8,4]{1,0} parameter(0)
+  ROOT %m = f32[8,4]{1,0} negate(%b)
+}""",
+        "  %i = s32[] parameter(1)\n  %e = f32[8,4]{1,0} all-reduce(%x), to_apply=%add\n"
+        "  ROOT %c = f32[8,4]{1,0} conditional(%i, %e, %x),"
+        " branch_computations={%dear, %cheap}",
+        Cost(512, kernels=2, conditionals=1, collectives={"all-reduce": (2, 256)}),
+    ),
+}
 
 
-def test_all_reduces_are_counted_in_a_process_with_eight_devices():
-    counted = command.all_reduces(["RMSNorm"])
-    assert isinstance(counted, list), counted
-    assert [record["library"] for record in counted] == ["eqx_norms", "flax", "equinox"]
-    ours = counted[0]
-    assert ours["batch: forward"] == 0
-    assert ours["features: forward"] == 1
-    assert ours["features: both"] >= 1
-
-
-def test_unknown_layer(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        command.main(["--layers", "LayerNorm,Unknown"])
-    assert "'Unknown'" in capsys.readouterr().err
-
-
-def test_some_parts_and_libraries():
-    out = io.StringIO()
-    argv = ["--quick", "--rounds", "2", "--layers", "RMSNorm", "--first-shape"]
-    with contextlib.redirect_stdout(out):
-        results = command.main([*argv, "--parts", "speed", "--libraries", "flax"])
-    for record in results["speed"]:
-        assert set(record["libraries"]) == {"eqx_norms", "vmap", "flax"}
-    assert not results["memory"]
-    assert not results["size"]
-    assert "Memory of the backward pass" not in out.getvalue()
-
-
-def test_forward_and_backward_as_two_programs(monkeypatch):
-    """As on an accelerator. What the two return is what one program returns."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    cell = next(speed.cells(["LayerNorm"], quick=True))
-    made = speed.runners(cell, mean=1.0, libraries=["equinox"])
-    for library in ("eqx_norms", "vmap", "equinox"):
-        _, *wanted = jax.tree.leaves(made[library]["both"](1))
-        given = jax.tree.leaves(made[library]["apart"](2))
-        assert len(given) == 3
-        for one, other in zip(given, wanted, strict=False):
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
-
-
-def test_blocks(monkeypatch):
-    for name in ("WIDTH", "HIDDEN"):
-        monkeypatch.setattr(compiled, name, 16)
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        records = blocks.main(["--layers", "RMSNorm", "--tokens", "8", "--rounds", "2"])
-    norms = ["eqx_norms", "flax", "equinox", "no norm", "prevent_cse=False"]
-    assert [r["norm"] for r in records] == 2 * norms
-    assert "3 blocks, 8 tokens of 16 features" in out.getvalue()
+@pytest.mark.parametrize(("before", "lines", "cost"), PROGRAMS.values(), ids=PROGRAMS)
+def test_what_a_program_reads_and_writes(before, lines, cost):
+    assert hlo.count(PROGRAM.format(before, lines)) == cost

@@ -1,7 +1,6 @@
 """Norms of `equinox.nn`, and whole models of them, against what they become."""
 
 import io
-import sys
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +13,7 @@ import pytest
 import eqx_norms as en
 from eqx_norms import convert
 
-from .helpers import float64, normal
+from .helpers import assert_close, float64, normal, randomize
 
 
 KEY = jax.random.key(0)
@@ -28,18 +27,6 @@ def lenient():
 
 def conv(**kwargs):
     return eqx.nn.Conv2d(3, 4, 2, key=KEY, **kwargs)
-
-
-def shaken(layer):
-    """All floating-point arrays moved at random: ones and zeros hide mistakes."""
-    generator = np.random.default_rng(0)
-
-    def move(leaf):
-        if not eqx.is_inexact_array(leaf):
-            return leaf
-        return leaf + jnp.asarray(generator.normal(0, 0.25, leaf.shape), leaf.dtype)
-
-    return jax.tree.map(move, layer)
 
 
 def forward(layer, state, x) -> tuple[Any, Any]:
@@ -56,11 +43,6 @@ call = eqx.filter_jit(forward)
 
 def evaluate(layer, state, x):
     return call(eqx.nn.inference_mode(layer), state, x)[0]
-
-
-def close(actual, expected, tolerance=2e-6):
-    assert actual.dtype == expected.dtype
-    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 STATELESS = {
@@ -92,7 +74,7 @@ def test_as_made_by_hand():
 @pytest.mark.parametrize("name", STATELESS)
 def test_stateless(name):
     make, shape = STATELESS[name]
-    old = shaken(make())
+    old = randomize(make())
     new = convert.from_equinox(old)
     assert type(new) is getattr(en, type(old).__name__)
     x = 3 + normal(7, (2, *shape))
@@ -104,15 +86,15 @@ def test_stateless(name):
         return jnp.sum(jnp.sin(y)), y
 
     (old_grads, expected), (new_grads, y) = grad(old), grad(new)
-    close(y, expected, 1e-5)
+    assert_close(y, expected, 1e-5)
     pairs = zip(jax.tree.leaves(old_grads), jax.tree.leaves(new_grads), strict=True)
     for before, after in pairs:
-        close(after.reshape(before.shape), before, 1e-4)
+        assert_close(after.reshape(before.shape), before, 1e-4)
 
 
 def trained(make, x, steps=3) -> tuple[Any, Any]:
     old, state = eqx.nn.make_with_state(make)()
-    old = shaken(old)
+    old = randomize(old)
     for _ in range(steps):
         _, state = call(old, state, x)
     return old, state
@@ -142,7 +124,7 @@ def test_stateful(name, steps):
     assert type(new) is getattr(en, type(old).__name__)
     assert new.inference is old.inference
     expected = evaluate(old, state, x)
-    close(evaluate(new, new_state, x), expected, 1e-5)
+    assert_close(evaluate(new, new_state, x), expected, 1e-5)
     # What was given can be used again, and was not changed.
     for a, b in zip(jax.tree.leaves((old, state)), before, strict=True):
         assert a is b
@@ -158,7 +140,7 @@ def test_initial_state(name):
     x = normal(7, (8, *shape))
     new, new_state = convert.from_equinox(make())
     old, state = eqx.nn.make_with_state(make)()
-    close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
+    assert_close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -186,8 +168,8 @@ def test_batch_norm_goes_on(mode, steps, momentum):
         y, state = call(old, state, batch)
         new_y, new_state = call(new, new_state, batch)
         if mode == "batch":
-            close(new_y, y, 1e-5)
-        close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
+            assert_close(new_y, y, 1e-5)
+        assert_close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
 
 
 @pytest.mark.parametrize("mode", ["batch", "ema"])
@@ -205,8 +187,8 @@ def test_batch_norm_that_was_never_trained(mode):
         variances.append(np.asarray(batch, np.float64).var((0, 2)))
         weights = [0.81, 0.9, 1.0][2 - i :]
         stats = layer.running_stats(state)
-        close(stats.mean, np.average(means, 0, weights).astype(np.float32))
-        close(stats.var, np.average(variances, 0, weights).astype(np.float32))
+        assert_close(stats.mean, np.average(means, 0, weights).astype(np.float32))
+        assert_close(stats.var, np.average(variances, 0, weights).astype(np.float32))
 
 
 def test_spectral_norm_training():
@@ -217,7 +199,7 @@ def test_spectral_norm_training():
     for _ in range(3):
         y, state = call(old, state, x)
         new_y, new_state = call(new, new_state, x)
-        close(new_y, y, 1e-3)
+        assert_close(new_y, y, 1e-3)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
@@ -239,7 +221,7 @@ def test_stacked_layers():
     keys = jax.random.split(KEY, 3)
     make = lambda key: (eqx.nn.LayerNorm(4), BN(4, "batch", mode="batch"))  # noqa: E731
     old, state = eqx.filter_vmap(eqx.nn.make_with_state(make))(keys)
-    old = shaken(old)
+    old = randomize(old)
     new, new_state = convert.replace_norms(old, state)
 
     @eqx.filter_vmap(in_axes=(eqx.if_array(0), eqx.if_array(0)))
@@ -247,7 +229,7 @@ def test_stacked_layers():
         norm, batch_norm = eqx.nn.inference_mode(model)
         return forward(batch_norm, state, forward(norm, None, x)[0])[0]
 
-    close(both(new, new_state), both(old, state), 1e-5)
+    assert_close(both(new, new_state), both(old, state), 1e-5)
 
 
 # -- Whole models.
@@ -279,20 +261,20 @@ class Block(eqx.Module):
 
 
 class ResNet(eqx.Module):
-    """21 of BatchNorm, and one each of GroupNorm, LayerNorm and RMSNorm."""
+    """Nine of BatchNorm, and one each of GroupNorm, LayerNorm and RMSNorm."""
 
     stem: eqx.nn.Sequential
     blocks: dict[str, list[Block]]
     head: eqx.nn.Sequential
 
     def __init__(self, key):
-        a, b, *keys = jax.random.split(key, 11)
+        a, b, *keys = jax.random.split(key, 5)
         self.stem = eqx.nn.Sequential(
             [eqx.nn.Conv2d(1, 2, 3, padding=1, key=a), eqx.nn.GroupNorm(1, 2), norm(2)]
         )
-        sizes = [(2, 4)] + [(4, 4)] * 4 + [(4, 6)] + [(6, 6)] * 3
+        sizes = [(2, 4), (4, 4), (4, 6)]
         blocks = [Block(*size, key) for size, key in zip(sizes, keys, strict=True)]
-        self.blocks = {"first": blocks[:5], "second": blocks[5:]}
+        self.blocks = {"first": blocks[:2], "second": blocks[2:]}
         self.head = eqx.nn.Sequential(
             [eqx.nn.LayerNorm(6), eqx.nn.Linear(6, 3, key=b), eqx.nn.RMSNorm(3)]
         )
@@ -319,7 +301,7 @@ def filled(structure):
         value = 3 if count else float(len(leaf.shape) == 1)
         return jnp.asarray(np.full(leaf.shape, value), leaf.dtype)
 
-    return shaken(jax.tree.map(fill, structure))
+    return randomize(jax.tree.map(fill, structure))
 
 
 def norms_in(model, *kinds):
@@ -352,14 +334,14 @@ def test_resnet():
             return jax.jit(both)(arrays)
 
         new, new_state = convert.replace_norms(old, state)
-        assert len(norms_in(old, *EQUINOX)) == len(norms_in(new, *OURS)) == 24
+        assert len(norms_in(old, *EQUINOX)) == len(norms_in(new, *OURS)) == 12
         assert norms_in(new, *EQUINOX) == []
 
         # Scale and bias are among the leaves where weight and bias were.
         expected, actual = run(old, state), run(new, new_state)
         pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
         for after, before in pairs:
-            close(after, before, 1e-8)
+            assert_close(after, before, 1e-8)
 
 
 class Counter(eqx.nn.StatefulLayer):
@@ -391,7 +373,7 @@ def test_other_states_are_kept():
     old, state = trained(mixed, x)
     new, new_state = convert.replace_norms(old, state)
     assert new_state.get(new[0].index) == state.get(old[0].index) == 44
-    close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
+    assert_close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
     # Training goes on, from both.
     call(new, new_state, x)
     call(old, state, x)
@@ -404,14 +386,14 @@ def test_a_part_of_a_model():
     old, state = trained(mixed, x)
     part, new_state = convert.replace_norms(old[3], state)
     new = eqx.tree_at(lambda model: model.layers[3], old, part)
-    close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
+    assert_close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
 
 
 def test_before_make_with_state():
     x = 3 + normal(7, (8, 3))
     new, new_state = eqx.nn.make_with_state(lambda: convert.replace_norms(mixed()))()
     old, state = eqx.nn.make_with_state(mixed)()
-    close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
+    assert_close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
     # The same, model and state, as when converted afterwards, but for names.
     later, later_state = convert.replace_norms(old, state)
     for a, b in [(new, later), (new_state, later_state)]:
@@ -441,7 +423,7 @@ def test_shared_state():
 def test_shared_layers():
     """`equinox.nn.Shared`: a layer can be converted, a weight alone cannot."""
     pair = [eqx.nn.LayerNorm(3), eqx.nn.LayerNorm(3)]
-    shared = shaken(eqx.nn.Shared(pair, lambda p: p[1], lambda p: p[0]))
+    shared = randomize(eqx.nn.Shared(pair, lambda p: p[1], lambda p: p[0]))
     first, second = convert.replace_norms(shared)()
     assert type(first) is en.LayerNorm
     assert first.scale is second.scale
@@ -462,11 +444,11 @@ def test_wrapped_norms():
         def __call__(self, x):
             return self.norm(self.weight @ x)
 
-    old = eqx.nn.WeightNorm(Normed(normal(1, (4, 3)), shaken(eqx.nn.LayerNorm(4))))
+    old = eqx.nn.WeightNorm(Normed(normal(1, (4, 3)), randomize(eqx.nn.LayerNorm(4))))
     new = convert.replace_norms([old])[0]
     assert type(new.layer.norm) is en.LayerNorm
     x = normal(7, (2, 3))
-    close(call(new, None, x)[0], call(old, None, x)[0], 1e-5)
+    assert_close(call(new, None, x)[0], call(old, None, x)[0], 1e-5)
 
 
 class Doubled(eqx.nn.LayerNorm):
@@ -650,10 +632,10 @@ def test_rules():
     x = normal(7, (2, 3, 4))
     for old, layer in [(model[0], new[0]), (model[1]["a"], new[1]["a"])]:
         assert type(layer) is en.LayerNorm
-        close(call(layer, None, x)[0], call(old, None, x)[0], 1e-5)
+        assert_close(call(layer, None, x)[0], call(old, None, x)[0], 1e-5)
     assert [type(layer) for layer in new[2:4]] == [en.GroupNorm, en.RMSNorm]
     assert type(new[4].norm) is en.RMSNorm
-    close(call(new[2], None, x.mT)[0], call(model[2], None, x.mT)[0], 1e-5)
+    assert_close(call(new[2], None, x.mT)[0], call(model[2], None, x.mT)[0], 1e-5)
 
 
 def test_rules_end_at_another_call():
@@ -746,7 +728,7 @@ def test_rules_with_state(before, pair):
     else:
         new, new_state = convert.replace_norms(old, state, rules=rules)
     x = normal(7, (8, 3))
-    close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
+    assert_close(evaluate(new, new_state, x), evaluate(old, state, x), 1e-5)
     # Each of three norms has three arrays, and the counter one.
     assert len(jax.tree.leaves(new_state)) == 10
     assert len({layer.state_index.marker for layer in norms_in(new, en.BatchNorm)}) == 3
@@ -791,7 +773,7 @@ def test_names_in_shared():
 
 def test_names_in_wrappers():
     """The weights of a norm may be what a wrapper normalises."""
-    table = shaken(eqx.nn.LayerNorm((3, 4)))
+    table = randomize(eqx.nn.LayerNorm((3, 4)))
     model = [
         eqx.nn.WeightNorm(table),
         en.WeightNorm(PreNorm(table, eqx.nn.Linear(3, 3, key=KEY))),
@@ -893,7 +875,7 @@ def test_integers():
     x = jnp.arange(5)
     layer = eqx.nn.LayerNorm(5)
     y = convert.from_equinox(layer)(x)
-    close(y, layer(x.astype(jnp.float32)), 1e-5)
+    assert_close(y, layer(x.astype(jnp.float32)), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -924,7 +906,7 @@ def test_checkpoints():
             eqx.filter_vmap(lambda _: eqx.nn.LayerNorm(3))(jnp.arange(5)),
         ]
 
-    old = shaken(make(0))
+    old = randomize(make(0))
     wanted = convert.replace_norms(old)
     file = io.BytesIO()
     eqx.tree_serialise_leaves(file, old)
@@ -942,29 +924,12 @@ def test_checkpoints_of_other_arrays(name, tmp_path):
     """An error, or these load into the model as it was, which then is converted."""
     make = ALL[name][0]
     old, state = eqx.nn.make_with_state(make)()
-    eqx.tree_serialise_leaves(tmp_path / "old.eqx", (shaken(old), state))
+    eqx.tree_serialise_leaves(tmp_path / "old.eqx", (randomize(old), state))
     like = eqx.nn.make_with_state(lambda: convert.replace_norms(make()))()
     with pytest.raises((RuntimeError, ValueError, EOFError)):
         eqx.tree_deserialise_leaves(tmp_path / "old.eqx", like)
     loaded = eqx.tree_deserialise_leaves(tmp_path / "old.eqx", (old, state))
-    assert eqx.tree_equal(loaded, (shaken(old), state))
-
-
-# -- Without PyTorch.
-
-
-def test_state_dict_of_arrays():
-    """As a file of arrays gives it; nothing of PyTorch is needed."""
-    entries = {"weight": np.full(3, 2, np.float32), "bias": np.ones(3, np.float32)}
-    layer = convert.from_torch(entries, like=en.LayerNorm(3))
-    np.testing.assert_array_equal(layer.scale, entries["weight"])
-    np.testing.assert_array_equal(layer.bias, entries["bias"])
-
-
-def test_pytorch_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ImportError, match=r"to_torch_state_dict: needs PyTorch"):
-        convert.to_torch_state_dict(en.LayerNorm(3))
+    assert eqx.tree_equal(loaded, (randomize(old), state))
 
 
 def test_several_wrappers_made_under_vmap():

@@ -11,6 +11,8 @@ import pytest
 import eqx_norms as en
 from eqx_norms import convert
 
+from .helpers import assert_close
+
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 nn = torch.nn
@@ -77,10 +79,8 @@ def call(layer, state, x):
     return layer(x, state) if state is not None else (layer(x), None)
 
 
-def close(actual, expected, tolerance=1e-5):
-    expected = expected.detach().numpy()
-    assert actual.dtype == expected.dtype
-    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+def close(actual, expected):
+    assert_close(actual, expected.detach().numpy())
 
 
 def same(a, b):

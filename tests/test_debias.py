@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import eqx_norms as en
 
-from .helpers import normal, reference
+from .helpers import make_mesh, normal, reference
 
 
 MOMENTA = [0.0, 0.5, 0.99, 0.999999, 1.0, None]
@@ -70,12 +69,20 @@ def scan(layer, state, x, mask=None):
     return jax.lax.scan(body, state, (x, mask))[0]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 60])
 @pytest.mark.parametrize("momentum", MOMENTA)
-def test_average_of_the_batches_alone(momentum, steps):
-    x = data(steps)
+def test_average_of_the_batches_alone(momentum):
+    """After each of them."""
+    x = data(60)
     layer, state = build(momentum=momentum)
-    check(layer.running_stats(scan(layer, state, x)), weighted(x, momentum))
+
+    def body(state, x):
+        _, state = layer(x, state)
+        return state, layer.running_stats(state)
+
+    _, stats = jax.jit(lambda state: jax.lax.scan(body, state, x))(state)
+    for steps in (1, 2, 7, 60):
+        after = jax.tree.map(lambda leaf, n=steps: leaf[n - 1], stats)
+        check(after, weighted(x[:steps], momentum))
 
 
 @pytest.mark.parametrize("momentum", MOMENTA)
@@ -105,7 +112,7 @@ def test_the_first_batch_that_counts_is_all():
     check(layer.running_stats(state), weighted(x[None], 0.99), 1e-6)
 
 
-@pytest.mark.parametrize("seen", [1, 10, 1000, 999_999, 10_000_000])
+@pytest.mark.parametrize("seen", [1, 1000, 10_000_000])
 @pytest.mark.parametrize("debias", [True, False])
 @pytest.mark.parametrize("momentum", MOMENTA)
 def test_a_step_after_many(momentum, debias, seen):
@@ -192,7 +199,7 @@ def with_pmap(layer, state, x):
 
 
 def with_shard_map(layer, state, x):
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(batch=8)
     f = en.filter_shard_map(
         layer, mesh=mesh, in_specs=(P("batch"), P()), out_specs=(P("batch"), P())
     )

@@ -9,15 +9,21 @@ from eqx_norms._checks import check_dtype
 from eqx_norms._dtypes import promote, real_dtype, result_dtype
 
 from .helpers import (
+    LAYERS,
+    NORMS,
+    WAYS,
     WRAPPERS,
     Norm,
     all_layers,
     all_norms,
+    assert_close,
     call,
     clone,
     float64,
+    half,
     normal,
     over,
+    raises,
     randomize,
     reference,
 )
@@ -150,9 +156,11 @@ def test_result_is_rounded_once(case, x, dtype, param_dtype, result):
     check(case, data(x), dtype, param_dtype, result)
 
 
-@all_norms
-@pytest.mark.parametrize("dtype", [*DTYPES, F32], ids=lambda dtype: np.dtype(dtype).name)
-@pytest.mark.parametrize("param_dtype", [BF16, F32], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize(
+    ("case", "dtype", "param_dtype"),
+    half(NORMS, [*DTYPES, F32], [BF16, F32]),
+    ids=lambda value: getattr(value, "name", None) or np.dtype(value).name,
+)
 def test_as_the_input(case, dtype, param_dtype):
     """Whatever the parameters are, with those of the call too."""
     result = dtype if jnp.issubdtype(dtype, jnp.inexact) else F32
@@ -307,3 +315,52 @@ def test_evaluation_in_other_widths():
                 assert y.dtype == promote(dtype, param_dtype)
                 tolerance = 1e-13 if y.dtype in (F64, C128) else 1e-5
                 np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
+
+
+# Floats of 8 bits and fewer.
+
+
+TINY = [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float4_e2m1fn]
+
+
+def tiny_case(case, tiny, **kwargs):
+    """A layer with an input, or a weight, of that dtype; the same with wider values."""
+    layer, state = case.build(8, **kwargs)
+    x = normal(0, (4, 6, 8))
+    if case in NORMS:
+        x = x.astype(tiny)
+        return (layer, state, x), (layer, state, x.astype(jnp.float32))
+    weight = layer.layer.weight.astype(tiny)
+    place = lambda weight: eqx.tree_at(  # noqa: E731
+        lambda layer: layer.layer.weight, layer, weight
+    )
+    return (place(weight), state, x), (place(weight.astype(jnp.float32)), state, x)
+
+
+@pytest.mark.parametrize(("case", "dtype", "way"), half(LAYERS, TINY, WAYS))
+def test_tiny_floats(case, dtype, way):
+    """As the same values in float32; gradients have the dtype of what they are of."""
+    way = WAYS[way]
+    tiny, wide = tiny_case(case, dtype, dtype=jnp.float32)
+    pairs = zip(*map(jax.tree.leaves, (way(call)(*tiny), way(call)(*wide))), strict=True)
+    for found, wanted in pairs:
+        # One step of rounding, where the float32 numbers differ in their last digits.
+        tolerance = jnp.finfo(dtype).eps if found.dtype == dtype else 1e-5
+        assert_close(found, wanted.astype(found.dtype), float(tolerance))
+
+
+@pytest.mark.parametrize("dtype", TINY)
+@all_norms
+def test_tiny_floats_under_a_mask(case, dtype):
+    (layer, state, x), wide = tiny_case(case, dtype, dtype=jnp.float32)
+    kwargs = normal(1, (4, 6, 8)) > -0.5
+    assert_close(call(layer, state, x, mask=kwargs), call(*wide, mask=kwargs))
+
+
+@pytest.mark.parametrize("dtype", TINY)
+@all_layers
+def test_tiny_floats_want_a_dtype(case, dtype):
+    tiny, _ = tiny_case(case, dtype)
+    match = f"needs a `dtype` for its result.*got .*{dtype.dtype}.*Give one, `dtype=jnp.bf"
+    with raises(case.name, match):
+        call(*tiny)

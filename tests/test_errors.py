@@ -22,17 +22,26 @@ import pytest
 
 import eqx_norms as en
 
-from .helpers import LAYERS, Case, clone
+from .helpers import LAYERS, STATEFUL, Case, clone, normal, over, raises
 
 
-BATCH = ("BatchNorm",)
-AXES = ("LayerNorm", "RMSNorm")
-ALL = ("BatchNorm", "LayerNorm", "RMSNorm")
-BIASED = ("BatchNorm", "LayerNorm")
-# All whose statistics are those of their input alone; all norms; all layers.
-EXAMPLE = ("LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
-NORMS = ("BatchNorm", *EXAMPLE)
-EVERY = tuple(case.name for case in LAYERS)
+def names(*conditions: str) -> tuple[str, ...]:
+    """Of the layers of the table of which all of this is so."""
+    return tuple(
+        case.name
+        for case in LAYERS
+        if all(getattr(case, name, False) for name in conditions)
+    )
+
+
+EVERY = names()
+NORMS = names("features_first")
+ALL = names("features_first", "on_vectors")
+BATCH = names("features_first", "stateful")
+BIASED = names("on_vectors", "has_bias")
+# All whose statistics are those of their input alone, and those that take any axes.
+EXAMPLE = tuple(name for name in NORMS if name not in BATCH)
+AXES = tuple(name for name in ALL if name not in BATCH)
 
 
 class Bad(NamedTuple):
@@ -446,3 +455,17 @@ def test_wrong_types_are_caught():
     bn, _ = eqx.nn.make_with_state(en.BatchNorm)(3)
     with pytest.raises(jaxtyping.TypeCheckError, match="state"):
         bn(jnp.ones((4, 3)), None)  # pyright: ignore[reportArgumentType]
+
+
+@over(*STATEFUL)
+def test_input_by_keyword_without_a_state(case):
+    layer: Any = case.build(8)[0]
+    with raises(case.name, r"needs the model's `equinox.nn.State`.*got none.*make_with_st"):
+        layer(x=normal(0, (16, 8)))
+
+
+@pytest.mark.parametrize("groups", [3, [[0, 1.5], [2, 3]], [[0.9, 1.2]], [0, 1]], ids=str)
+def test_groups_are_lists_of_integers(groups, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="must be a list of groups, each a list of int"):
+        en.LayerNorm(4, axis_name="i", axis_index_groups=groups)

@@ -10,7 +10,7 @@ import pytest
 
 import eqx_norms as en
 
-from .helpers import clone, float64, normal, randomize
+from .helpers import assert_close, clone, float64, normal, randomize
 
 
 def norm(features=6, seed=0, **kwargs):
@@ -235,37 +235,35 @@ def test_under_jit_and_vmap():
 
 
 @pytest.mark.parametrize(
-    ("layer", "bn", "message"),
+    ("make", "message"),
     [
         (
-            eqx.nn.MLP(4, 6, 2, 1, key=KEY),
-            en.BatchNorm(6),
+            lambda: (eqx.nn.MLP(4, 6, 2, 1, key=KEY), en.BatchNorm(6)),
             "`layer` must be an `equinox.nn.Linear`, `Conv` or `ConvTranspose`, got MLP",
         ),
         (
-            eqx.nn.Linear(4, 6, key=KEY),
-            eqx.nn.BatchNorm(6, "batch", mode="batch"),
+            lambda: (
+                eqx.nn.Linear(4, 6, key=KEY),
+                eqx.nn.BatchNorm(6, "batch", mode="batch"),
+            ),
             r"`bn` must be an `eqx_norms.BatchNorm`, got equinox\..*BatchNorm",
         ),
         (
-            eqx.nn.Linear(4, 6, key=KEY),
-            en.LayerNorm(6),
+            lambda: (eqx.nn.Linear(4, 6, key=KEY), en.LayerNorm(6)),
             "`bn` must be an `eqx_norms.BatchNorm`, got .*LayerNorm",
         ),
         (
-            eqx.nn.Linear(6, 4, key=KEY),
-            en.BatchNorm(6),
+            lambda: (eqx.nn.Linear(6, 4, key=KEY), en.BatchNorm(6)),
             "one feature for each of the 4 outputs of Linear, got `num_features=6`",
         ),
         (
-            eqx.nn.Conv1d(4, 6, 1, key=KEY),
-            en.BatchNorm((2, 3), axis=(1, 2)),
+            lambda: (eqx.nn.Conv1d(4, 6, 1, key=KEY), en.BatchNorm((2, 3), axis=(1, 2))),
             r"outputs of Conv1d, got `num_features=\(2, 3\)` along `axis=\(1, 2\)`",
         ),
     ],
 )
-def test_errors(layer, bn, message):
-    _, state = norm()
+def test_errors(make, message):
+    (layer, bn), (_, state) = make(), norm()
     with pytest.raises(ValueError, match=message):
         en.fold_batch_norm(layer, bn, state)
 
@@ -361,11 +359,6 @@ def trained(make, x) -> tuple[Any, Any]:
     return eqx.nn.inference_mode(model), state
 
 
-def close(a, b):
-    assert a.dtype == b.dtype
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
 def test_a_whole_model():
     x = 2 * normal(1, (6, 2, 5, 5)) + 1
     model, state = trained(Net, x)
@@ -382,7 +375,7 @@ def test_a_whole_model():
         f"- eqx_norms.BatchNorm at model.alone: {nowhere}",
     ]
     y, after = eqx.filter_jit(run)(folded, new_state, x)
-    close(y, expected)
+    assert_close(y, expected, 1e-4)
     # Three of eight are left, in model and state, each where it was.
     norms = [folded.trunk[5], folded.heads[0][0], folded.alone]
     assert all(type(norm) is en.BatchNorm for norm in norms)
@@ -396,7 +389,7 @@ def test_a_whole_model():
     for norm in norms:
         np.testing.assert_array_equal(norm.running_stats(after).count, 31)
     # What was given stays as it was.
-    close(run(model, state, x)[0], expected)
+    assert_close(run(model, state, x)[0], expected, 1e-4)
 
 
 def test_a_key_is_split_as_before():
@@ -415,7 +408,7 @@ def test_a_key_is_split_as_before():
         run(*each, x, key=KEY)[0] for each in ((model, state), (folded, new_state))
     )
     assert not np.all(expected)
-    close(y, expected)
+    assert_close(y, expected, 1e-4)
 
 
 def test_a_sequential_in_a_module():
@@ -429,7 +422,7 @@ def test_a_sequential_in_a_module():
     model, state = trained(make, x)
     with pytest.warns(UserWarning, match=r"at model\.last\.layers\[0\]\.last: it is in no"):
         folded, new_state = en.fold_batch_norms(model, state)
-    close(run(folded, new_state, x)[0], run(model, state, x)[0])
+    assert_close(run(folded, new_state, x)[0], run(model, state, x)[0], 1e-4)
     for inner in (folded.inner[1], folded.last[0].inner):
         assert type(inner[1]) is eqx.nn.Identity
 
@@ -566,13 +559,15 @@ def test_a_stack_under_vmap():
     folded, new_states = eqx.filter_vmap(en.fold_batch_norms)(models, states)
     x = normal(1, (6, 3))
     ensemble = eqx.filter_vmap(lambda model, state: run(model, state, x)[0])
-    close(ensemble(folded, new_states), ensemble(models, states))
+    assert_close(ensemble(folded, new_states), ensemble(models, states), 1e-4)
 
 
-@pytest.mark.parametrize("model", [linear(), eqx.nn.Sequential([linear()]), None])
-def test_nothing_to_fold(model):
+@pytest.mark.parametrize(
+    "make", [linear, lambda: eqx.nn.Sequential([linear()]), lambda: None]
+)
+def test_nothing_to_fold(make):
     with pytest.raises(ValueError, match=r"fold_batch_norms: there is no `eqx_norms.Batch"):
-        en.fold_batch_norms(model, eqx.nn.State(None))
+        en.fold_batch_norms(make(), eqx.nn.State(None))
 
 
 def test_state_of_another_whole_model():

@@ -1,5 +1,6 @@
 """`GroupNorm`: which positions share statistics, against float64, PyTorch and Flax."""
 
+import functools as ft
 from typing import Any, cast
 
 import equinox as eqx
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import eqx_norms as en
@@ -15,7 +16,9 @@ import eqx_norms as en
 from .helpers import (
     along,
     float64,
+    make_mesh,
     normal,
+    over_space,
     plain,
     randomize,
     reference,
@@ -175,7 +178,7 @@ def test_sharded_across_groups():
     wanted = expected(layer, x, (1, 2))
     gradient = jax.jit(jax.grad(lambda layer, x: jnp.sum(jnp.sin(layer(x))), 1))
     wanted_gradient = gradient(layer, x)
-    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    mesh = make_mesh(AxisType.Explicit, data=2, model=4)
     with jax.set_mesh(mesh):
         put = lambda a, *spec: jax.device_put(  # noqa: E731
             np.asarray(a), NamedSharding(mesh, P(*spec))
@@ -197,19 +200,7 @@ def test_space_split_over_a_named_axis(by, masked):
     # Unequal counts: a mean of the means would not do.
     mask = jnp.arange(12)[None, :, None] < jnp.array([3, 11])[:, None, None]
     mask = mask if masked else jnp.ones(mask.shape, bool)
-    if by == "vmap":
-        parts = lambda a: a.reshape(2, 4, 3, a.shape[-1])  # noqa: E731
-        f = jax.vmap(lambda x, mask: layer(x, mask=mask), 1, 1, axis_name="space")
-        run = lambda x: f(parts(x), parts(mask)).reshape(x.shape)  # noqa: E731
-    else:
-        spec = P(None, "space")
-        f = jax.shard_map(
-            lambda x, mask: layer(x, mask=mask),
-            mesh=jax.make_mesh((4,), ("space",), axis_types=(jax.sharding.AxisType.Auto,)),
-            in_specs=(spec, spec),
-            out_specs=spec,
-        )
-        run = lambda x: f(x, mask)  # noqa: E731
+    run = ft.partial(over_space, by, layer, mask=mask)
     y = jax.jit(run)(x)
     np.testing.assert_allclose(
         y, expected(layer, x, (1, 2), mask=mask), rtol=1e-5, atol=2e-5

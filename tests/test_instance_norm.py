@@ -1,12 +1,12 @@
 """`InstanceNorm`: each feature of each example alone, against float64, PyTorch and Flax."""
 
+import functools as ft
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 import eqx_norms as en
 
@@ -14,6 +14,7 @@ from .helpers import (
     along,
     float64,
     normal,
+    over_space,
     plain,
     randomize,
     reference,
@@ -123,19 +124,7 @@ def test_space_split_over_a_named_axis(by):
     x = 2 + normal(0, (2, 12, 8))
     # Unequal counts: a mean of the means would not do.
     mask = jnp.arange(12)[None, :, None] < jnp.array([2, 11])[:, None, None]
-    if by == "vmap":
-        parts = lambda a: a.reshape(2, 4, 3, a.shape[-1])  # noqa: E731
-        f = jax.vmap(lambda x, mask: layer(x, mask=mask), 1, 1, axis_name="space")
-        run = lambda x: f(parts(x), parts(mask)).reshape(x.shape)  # noqa: E731
-    else:
-        spec = P(None, "space")
-        f = jax.shard_map(
-            lambda x, mask: layer(x, mask=mask),
-            mesh=jax.make_mesh((4,), ("space",), axis_types=(AxisType.Auto,)),
-            in_specs=(spec, spec),
-            out_specs=spec,
-        )
-        run = lambda x: f(x, mask)  # noqa: E731
+    run = ft.partial(over_space, by, layer, mask=mask)
     y = jax.jit(run)(x)
     np.testing.assert_allclose(y, expected(layer, x, (1,), mask=mask), rtol=1e-4, atol=1e-4)
 

@@ -4,10 +4,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from .benchmarks.memory import WIDTH, temporary
 from .benchmarks.rivals import available
-from .helpers import WRAPPERS, all_norms, bytes_kept, call, over, vector_norms
+from .helpers import (
+    WRAPPERS,
+    all_norms,
+    bytes_kept,
+    call,
+    make_mesh,
+    over,
+    vector_norms,
+)
 
 
 # Only shapes are computed with, so they may be large. Rows of 512 however one looks at it.
@@ -95,6 +104,31 @@ def test_given_parameters_are_kept_apart(case, dtype):
     assert 2 * size <= bytes_kept(f, params, x, x, x) <= 2 * LIMIT * size
     one = jax.ShapeDtypeStruct((SHAPE[0], 1, SHAPE[-1]), dtype)
     assert size <= bytes_kept(f, params, x, one, one) <= LIMIT * size
+
+
+@all_norms
+@pytest.mark.parametrize("checked", [True, False], ids=["checked", "unchecked"])
+def test_keeps_the_input_of_each_layer_on_devices(case, checked):
+    """Of each of four, one after the other, once, and little more."""
+    x = jax.ShapeDtypeStruct((8, *SHAPE), jnp.bfloat16)
+    size = x.size * x.dtype.itemsize
+    kwargs = {"dtype": jnp.bfloat16, **({"axis_name": "d"} if case.stateful else {})}
+    built = [case.build(SHAPE[-1], **kwargs) for _ in range(4)]
+    params, static = eqx.partition([layer for layer, _ in built], eqx.is_inexact_array)
+
+    def local(params, x):
+        for layer, (_, state) in zip(eqx.combine(params, static), built, strict=True):
+            x = x + call(layer, state, x)
+        return x
+
+    f = jax.shard_map(
+        local,
+        mesh=make_mesh(d=8),
+        in_specs=(P(), P("d")),
+        out_specs=P("d"),
+        check_vma=checked,
+    )
+    assert 4 * size <= bytes_kept(f, params, x) <= 4 * LIMIT * size
 
 
 @over(*WRAPPERS)

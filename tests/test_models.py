@@ -12,7 +12,7 @@ import pytest
 
 import eqx_norms as en
 
-from .helpers import normal
+from .helpers import normal, randomize
 
 
 KEY = jax.random.key(0)
@@ -32,15 +32,7 @@ def nodes(model, *kinds):
 
 
 def shaken(model):
-    """All parameters moved at random: ones and zeros hide mistakes."""
-    generator = np.random.default_rng(0)
-
-    def move(leaf):
-        if not eqx.is_inexact_array(leaf):
-            return leaf
-        return leaf + jnp.asarray(generator.normal(0, 0.1, leaf.shape), leaf.dtype)
-
-    return jax.tree.map(move, model)
+    return randomize(model, size=0.1)
 
 
 def mixed(model, *norms):

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from .helpers import NORMS, all_norms, call, clone, reference
+from .helpers import NORMS, all_norms, call, clone, make_mesh, reference
 
 
 # With an axis of space, and features that two groups divide.
@@ -183,7 +182,7 @@ def over_devices(name, fast, masked):
     (case,) = (case for case in NORMS if case.name == name)
     kwargs = {"axis_name": "device"} if 0 in case.reduction_axes(3) else {}
     layer, state = build(name, 4, use_fast_variance=fast, **kwargs)
-    mesh = jax.make_mesh((8,), ("device",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(device=8)
     in_specs = (P("device"), P("device" if masked else None), P())
 
     @jax.jit

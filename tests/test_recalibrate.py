@@ -1,5 +1,6 @@
 """`recalibrate` against the statistics, in float64, of all batches joined to one."""
 
+import functools
 import sys
 from typing import Any
 
@@ -15,7 +16,16 @@ import eqx_norms as en
 from eqx_norms._recalibrate import _NOTHING, _merge
 from eqx_norms._running import PooledStats
 
-from .helpers import clone, float64, randomize, reference
+from .helpers import (
+    BATCH_NORM,
+    clone,
+    float64,
+    make_mesh,
+    normal,
+    raises,
+    randomize,
+    reference,
+)
 
 
 SIZES = 3, 8, 1, 5
@@ -358,10 +368,6 @@ def test_float64_state():
 # Devices.
 
 
-def make_mesh(kind=AxisType.Auto):
-    return jax.make_mesh((8,), ("d",), axis_types=(kind,))
-
-
 @pytest.mark.parametrize("use_fast_variance", [True, False])
 def test_shard_map(use_fast_variance):
     """Counts differ between devices, one has none; so do means, far from those of the
@@ -377,7 +383,7 @@ def test_shard_map(use_fast_variance):
 
         return jax.vmap(one, (0, None), (0, None), axis_name="batch")(batch, state)
 
-    mesh = make_mesh()
+    mesh = make_mesh(d=8)
     f = en.filter_shard_map(
         each, mesh=mesh, in_specs=(P(), P(), P("d")), out_specs=(P("d"), P())
     )
@@ -406,7 +412,10 @@ def test_groups(vmapped):
         if vmapped:
             return jax.vmap(one, (0, 0, None), (0, None), axis_name=name)(x, mask, state)
         return en.filter_shard_map(
-            one, mesh=make_mesh(), in_specs=(P("d"), P("d"), P()), out_specs=(P("d"), P())
+            one,
+            mesh=make_mesh(d=8),
+            in_specs=(P("d"), P("d"), P()),
+            out_specs=(P("d"), P()),
         )(x, mask, state)
 
     x = [b + 5 * (jnp.arange(8) % 2)[:, None].astype(b.dtype) for b in data(sizes=(8, 8))]
@@ -422,7 +431,7 @@ def test_groups(vmapped):
 @pytest.mark.parametrize("spec", [P(), P("d")], ids=str)
 def test_sharded_state(kind, spec):
     """It stays where it was; one that was on no device in particular stays so."""
-    mesh = make_mesh(kind)
+    mesh = make_mesh(kind, d=8)
     bn, state = build(8)
     sharding = NamedSharding(mesh, spec)
     with jax.set_mesh(mesh):
@@ -591,3 +600,17 @@ def test_no_batches(batches):
     with pytest.raises(ValueError, match="`batches` is empty"):
         en.recalibrate(bn, state, batches, forward)
     bn(data()[0], state)
+
+
+@pytest.mark.parametrize("donate", ["all", "all-except-first"])
+def test_recalibration_with_donation(donate):
+    layer, state = BATCH_NORM.build(8)
+
+    @functools.partial(eqx.filter_jit, donate=donate)
+    def forward(layer, state, x):
+        return layer(x, state)
+
+    batches = [normal(seed, (16, 8)) for seed in range(3)]
+    match = r"`forward` must leave the model and the state.*donated.*`eqx.filter_jit\(forw"
+    with raises("recalibrate", match):
+        en.recalibrate(layer, clone(state), batches, forward)

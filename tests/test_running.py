@@ -5,12 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import eqx_norms as en
 
-from .helpers import clone, normal, randomize, reference
+from .helpers import clone, make_mesh, normal, randomize, reference
 
 
 def build(num_features=8, **kwargs):
@@ -102,7 +101,7 @@ def over_devices(layer, x, mask, state):
 
     mapped = jax.shard_map(
         f,
-        mesh=jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,)),
+        mesh=make_mesh(batch=8),
         in_specs=(P("batch"), P("batch"), P()),
         out_specs=(P("batch"), P()),
     )

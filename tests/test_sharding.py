@@ -17,6 +17,7 @@ from .helpers import (
     all_norms,
     call,
     clone,
+    make_mesh,
     normal,
     over,
     randomize,
@@ -96,14 +97,21 @@ def put(tree, spec, mesh):
     return jax.tree.map(place, tree)
 
 
-@meshes
-@pytest.mark.parametrize(("case", "of_x", "of_params", "of_y"), ROWS)
+# On an Explicit mesh that is set, or on one that is not, in turn.
+@pytest.mark.parametrize(
+    ("case", "of_x", "of_params", "of_y", "axis_type", "context"),
+    [
+        pytest.param(*row.values, *MESHES[mesh], id=f"{row.id}-{mesh}")
+        for number, row in enumerate(ROWS)
+        for mesh in ("Auto", list(MESHES)[1 + number % 2])
+    ],
+)
 def test_equals_one_device(case, of_x, of_params, of_y, axis_type, context):
     layer, state = case.build(SHAPE[-1])
     layer = randomize(layer)
     x, weights = 3 * normal(0, SHAPE) + 1, normal(1, SHAPE)
     wanted = eqx.filter_jit(run)(layer, state, x, weights)
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+    mesh = make_mesh(axis_type, data=4, model=2)
     with context(mesh):
         args = (
             put(layer, of_params, mesh),
@@ -135,7 +143,7 @@ def test_without_jit(case, axis_type, context):
     layer, state = case.build(SHAPE[-1])
     x = normal(0, SHAPE)
     wanted = call(layer, state, x)
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+    mesh = make_mesh(axis_type, data=4, model=2)
     with context(mesh):
         y = call(layer, state, put(x, of_x, mesh))
     np.testing.assert_allclose(np.asarray(y), wanted, rtol=1e-5, atol=1e-5)
@@ -147,7 +155,7 @@ def test_without_jit(case, axis_type, context):
 def test_replicated_state_stays_so(case, context):
     """Whatever the rest is sharded like: else a step would be no body of a scan."""
     layer, state = case.build(SHAPE[-1])
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    mesh = make_mesh(AxisType.Explicit, data=4, model=2)
     with context(mesh):
         of_x = P("data", None, "model" if case in NORMS else None)
         layer = put(layer, P("model"), mesh)

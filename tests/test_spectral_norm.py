@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 import eqx_norms as en
 
-from .helpers import clone, float64, normal
+from .helpers import clone, float64, make_mesh, normal
 from .test_weight_norm import KEY, Model, with_weight, wrapped
 
 
@@ -267,7 +268,7 @@ def test_other_arguments_are_the_layers():
 
 
 def test_inside_shard_map():
-    mesh = jax.make_mesh((8,), ("devices",))
+    mesh = make_mesh(AxisType.Explicit, devices=8)
     norm, state = build(eqx.nn.Linear(5, 4, key=KEY))
     x = normal(1, (16, 5))
     apply = jax.vmap(norm, (0, None), (0, None))

@@ -1,17 +1,18 @@
 """The function that the layers are made of: against float64, and against the layers."""
 
 import functools as ft
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import eqx_norms as en
 
-from .helpers import normal, reference
+from .helpers import make_mesh, normal, reference
 
 
 SHAPE = (6, 5, 8)
@@ -107,7 +108,7 @@ def test_over_a_vmapped_axis(axes, groups):
 
 
 def test_over_devices():
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(d=2)
     x = 3 + normal(0, SHAPE)
     f = ft.partial(en.standardize, axes=0, axis_name="d")
     y = jax.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=P("d"))(x)
@@ -147,3 +148,36 @@ def test_keys_for_input():
 def test_a_name_that_is_bound_nowhere():
     with pytest.raises(NameError, match=r"^standardize: .* name 'i', which is not bound"):
         en.standardize(normal(0, SHAPE), axis_name="i")
+
+
+@pytest.mark.parametrize("subtract_mean", [True, False])
+def test_complex_data_without_epsilon(subtract_mean):
+    x = np.array(normal(0, (6, 4), jnp.complex64))
+    x[2] = 3 + 1j
+    y = en.standardize(x, epsilon=0.0, subtract_mean=subtract_mean)
+    wanted, _, _ = reference(x, (-1,), center=subtract_mean, epsilon=0.0)
+    np.testing.assert_allclose(y, wanted, atol=1e-5)
+
+
+def test_lists_are_arrays(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    x: Any = [[1.0, 2.0, 4.0]] * 2
+    scale: Any = [1.0, 2.0, 3.0]
+    mask: Any = [True, True, False]
+    bias: Any = tuple(scale)
+    y = en.standardize(x, scale=scale, bias=bias, mask=mask)
+    wanted, _, _ = reference(x, (-1,), scale=scale, bias=scale, mask=np.array(mask))
+    np.testing.assert_allclose(y, wanted, atol=1e-5)
+    layer = en.LayerNorm(3)
+    array = np.array(x, np.float32)
+    np.testing.assert_allclose(layer(x, scale=scale), layer(array, scale=scale))
+
+
+def test_epsilon_is_known_before_tracing(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    epsilon: Any
+    for epsilon in (10**400, None):
+        with pytest.raises(ValueError, match="a Python number, known before tracing"):
+            en.standardize(jnp.ones(4), epsilon=epsilon)
+    with pytest.raises(ValueError, match="a Python number, known before tracing"):
+        jax.jit(lambda epsilon: en.standardize(jnp.ones(4), epsilon=epsilon))(1e-6)

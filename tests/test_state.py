@@ -8,7 +8,17 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from .helpers import NORMS, clone, normal, reference
+from .helpers import (
+    NORMS,
+    STATEFUL,
+    assert_close,
+    clone,
+    make_mesh,
+    normal,
+    over,
+    raises,
+    reference,
+)
 
 
 stateful = pytest.mark.parametrize(
@@ -195,7 +205,7 @@ mesh_types = pytest.mark.parametrize(
 
 
 def over_devices(layer, axis_types, per_device_out=False):
-    mesh = jax.make_mesh((8,), ("device",), axis_types=(axis_types,))
+    mesh = make_mesh(axis_types, device=8)
     out = P("device") if per_device_out else P()
 
     def f(x, state):
@@ -291,3 +301,45 @@ def test_bad_batches_in_a_model():
     _, new = model(jnp.full((16, 3), jnp.nan), clone(state))
     for layer, stats in zip(model.layers, old, strict=True):
         assert_same(layer.running_stats(new), stats)
+
+
+# States that somebody cast along with the model.
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@over(*STATEFUL)
+def test_state_in_half_precision(case, dtype, jit):
+    layer, state = case.build(8)
+    x = 3 * normal(0, (16, 8)) + 5
+    _, state = step(layer, state, x)
+    f = eqx.filter_jit(step) if jit else step
+    half = jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, state
+    )
+    match = f"needs a `state` in float32 or wider, .*{dtype.dtype}.*Cast the model alone"
+    with raises(case.name, match):
+        f(layer, half, x)
+    y, kept = f(layer, half, x, **case.evaluation)
+    wanted, _ = f(layer, state, x, **case.evaluation)
+    assert_close(y, wanted, 0.05)
+    for old, new in zip(jax.tree.leaves(half), jax.tree.leaves(kept), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@over(*STATEFUL)
+def test_model_in_half_precision(case):
+    """The remedy: the model is cast, and the state moves on in float32."""
+    layer, state = case.build(8)
+    layer = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16) if eqx.is_inexact_array(leaf) else leaf,
+        layer,
+    )
+    y, new = step(layer, state, normal(0, (16, 8), jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    changed = [
+        (old != leaf).any()
+        for old, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True)
+    ]
+    assert any(changed)
+    assert all(leaf.dtype != jnp.bfloat16 for leaf in jax.tree.leaves(new))

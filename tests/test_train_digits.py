@@ -1,6 +1,7 @@
 """The main job: `notebooks/train_digits.py`."""
 
 import importlib.util
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -38,22 +39,30 @@ def test_data_is_split_without_overlap(script):
     assert not train_set & test_set
 
 
-def test_four_devices_give_the_loss_of_one(script, tmp_path):
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_four_devices_give_the_loss_of_one(script, tmp_path, monkeypatch):
     picture = tmp_path / "curves.png"
     options = ["--devices=4", "--epochs=1", "--norm=batch", f"--output={picture}"]
     run = subprocess.run(
         [sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=200
     )
     assert run.returncode == 0, run.stderr
-    assert "12/12" in run.stderr  # the progress bar
+    (line,) = run.stderr.splitlines()  # off a terminal, no progress bar
+    assert line.startswith("        batch: loss ")
     assert picture.read_bytes().startswith(b"\x89PNG")
     _, row, last = run.stdout.splitlines()
     assert str(picture) in last
     norm, accuracy, _, first_epoch_loss, *_ = row.split()
     assert norm == "batch"
 
+    monkeypatch.setattr(sys, "stderr", Terminal())
     with jax.numpy_dtype_promotion("standard"):  # Optax is not strict
         one = script.train("batch", *script.load_data(), devices=1, epochs=1, seed=0)
+    assert "12/12" in sys.stderr.getvalue()
     # Running statistics of use from the first epoch on.
     assert float(accuracy.rstrip("%")) > 50
     assert float(first_epoch_loss) == pytest.approx(one.loss[0].mean(), abs=1e-3)
@@ -103,17 +112,32 @@ def test_a_bad_option_is_a_usage_error(script, capsys, option, message):
     assert message in error
 
 
-def test_ctrl_c(script, capsys, monkeypatch, tmp_path):
+def test_help_waits_for_no_import():
+    command = [sys.executable, "-X", "importtime", SCRIPT, "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--devices DEVICES" in run.stdout
+    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"eqx_norms", "jax", "matplotlib", "numpy", "optax", "sklearn"}
+
+
+@pytest.mark.parametrize("finished", [0, 1, 2])
+def test_ctrl_c(script, capsys, monkeypatch, tmp_path, finished):
+    """What is finished is kept: the table and the picture have it."""
     # Raised here, and not by a signal: one that arrives while JAX's callback for garbage
     # collection runs is lost (jax issue 18246).
+    names = list(script.NORMS)[:finished]
+
     def train(norm, *args, **kwargs):
-        if norm == "batch":
+        if norm not in names:
             raise KeyboardInterrupt
-        return None
+        return script.History(np.ones((2, 3)), np.array([0.25, 0.5]), [], 1.0)
 
     monkeypatch.setattr(script, "train", train)
     picture = tmp_path / "curves.png"
     assert script.main([f"--output={picture}"]) == 130
-    message = "Interrupted: 1 of 5 networks were trained, no picture was written."
-    assert capsys.readouterr().err.strip() == message
-    assert not picture.exists()
+    printed = capsys.readouterr()
+    message = f"Interrupted: {finished} of 5 networks were trained."
+    assert printed.err.strip() == message
+    assert [line.split()[0] for line in printed.out.splitlines()[1:-1]] == names
+    assert picture.exists() == (str(picture) in printed.out) == (finished > 0)

@@ -261,6 +261,18 @@ def report(results: dict[str, Any], *, markdown: bool) -> None:
         print(f"a copy reaches up to {max(speeds):.1f} GB/s; memory: {run['memory']}")
 
 
+def write(path: pathlib.Path, results: dict[str, Any]) -> None:
+    """One record a line, for those who compare two runs."""
+
+    def lines(value):
+        if not isinstance(value, list) or not value:
+            return json.dumps(value)
+        return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+
+    parts = [f' "{name}": {lines(value)}' for name, value in results.items()]
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
 def read(path: pathlib.Path, layers: list[str]) -> dict[str, Any]:
     """The results of an earlier run, of these layers."""
     results = json.loads(path.read_text())
@@ -308,7 +320,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         results = run(arguments)
     report(results, markdown=arguments.markdown)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        write(arguments.json, results)
     if arguments.plot and results["speed"]:
         plot(results, arguments.plot)
     return results

@@ -265,16 +265,13 @@ def compare(times: Mapping[str, Any], copy: Any, copies: int) -> dict[str, dict[
     eqx_norms, to the fastest of each kind of peer."""
     compared = {}
     for library, seconds in times.items():
-        median, spread = _quartiles(seconds)
         to_floor, floor_spread = _quartiles(np.divide(seconds, copy) / copies)
         compared[library] = {
-            "seconds": median,
-            "seconds_iqr": spread,
+            "seconds": _quartiles(seconds)[0],
             "to_floor": to_floor,
             "to_floor_iqr": floor_spread,
             "of_bandwidth": 1 / to_floor,
             "to_peers": {},
-            "rounds": [float(f"{s:.4g}") for s in seconds],
         }
     for library in set(OURS) & set(times):
         for kind, names in PEERS.items():
@@ -317,7 +314,6 @@ def records(
                 "copy": {
                     "seconds": _quartiles(copy)[0],
                     "gb_per_second": 2 * nbytes / _quartiles(copy)[0] / 1e9,
-                    "rounds": [float(f"{s:.4g}") for s in copy],
                 },
                 "libraries": compare(
                     {library: passes[name] for library, passes in times.items()},

@@ -7,22 +7,24 @@ import io
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
-from jax import export, lax
+from jax import lax
 
 import eqx_norms as en
 
 from .helpers import (
     LAYERS,
+    WRAPPERS,
     Matrix,
     all_layers,
     all_norms,
+    assert_close,
     call,
     clone,
     float64,
     normal,
+    over,
     randomize,
     step,
 )
@@ -48,17 +50,6 @@ def plain(case, state):
 def build(case, **kwargs):
     layer, state = case.build(**kwargs)
     return randomize(layer), state
-
-
-def assert_close(actual, expected, tolerance):
-    """Within a tolerance of the greatest magnitude of each leaf."""
-    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
-    assert len(actual) == len(expected) > 0
-    for a, b in zip(actual, expected, strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert a.shape == b.shape
-        assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
 # JAX's transformations. In float64, where a wrong term cannot pass for rounding.
@@ -91,7 +82,10 @@ def test_grad(case):
         assert_close(jitted, actual, 1e-12)
 
 
-@all_layers
+# Of the norms `test_derivatives` has these, and more.
+
+
+@over(*WRAPPERS)
 def test_jvp(case):
     with float64():
         layer, state = build(case, param_dtype=jnp.float64)
@@ -112,7 +106,7 @@ def test_jvp(case):
         assert_close(jvp(library(state)), jvp(plain(case, state)), 1e-12)
 
 
-@all_layers
+@over(*WRAPPERS)
 def test_hessian(case):
     with float64():
         layer, state = build(case, param_dtype=jnp.float64)
@@ -124,7 +118,7 @@ def test_hessian(case):
         assert_close(hessian(library(state)), hessian(plain(case, state)), 1e-11)
 
 
-@all_layers
+@over(*WRAPPERS)
 def test_second_derivatives_of_parameters_too(case):
     """`hessian` is forward over reverse; these are the other two that people write."""
     with float64():
@@ -417,28 +411,6 @@ def test_inference_mode(case):
     assert_close(call(evaluating, state, x, **training), trained, 1e-6)
     back = eqx.nn.inference_mode(evaluating, value=False)
     assert_close(call(back, state, x), trained, 1e-6)
-
-
-@pytest.fixture
-def no_runtime_checks():
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@all_norms
-@pytest.mark.usefixtures("no_runtime_checks")  # A symbolic size is no `int`.
-def test_export_with_symbolic_sizes(case):
-    layer, state = case.build(8)
-
-    def gradient(x):
-        return jax.grad(lambda x: jnp.sum(jnp.sin(call(layer, state, x))))(x)
-
-    sizes = jax.ShapeDtypeStruct(export.symbolic_shape("b, h, w, 8"), jnp.float32)
-    for f in (lambda x: call(layer, state, x), gradient):
-        exported = export.export(jax.jit(f))(sizes)
-        x = 2 + normal(0, (2, 3, 4, 8))
-        assert_close(exported.call(x), f(x), 1e-5)
 
 
 @all_layers
