@@ -4,12 +4,13 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from eqx_norms._affine import init_affine
-from eqx_norms._checks import check_num_features
+from eqx_norms._checks import Check
+from eqx_norms._layer import init_affine
 
 from .helpers import NORMS, all_norms, call, normal, over, randomize, reference
 
 
+CHECK = Check("Layer")
 # Batch, space and features.
 SHAPE = (3, 4, 8)
 with_bias = over(*(case for case in NORMS if case.has_bias))
@@ -36,14 +37,14 @@ def noise(key, shape, dtype):
 
 
 def test_num_features():
-    assert check_num_features(3, (-1,), layer="Layer") == (3,)
-    assert check_num_features((3, 4), (2, 0), layer="Layer") == (3, 4)
-    assert check_num_features((), (), layer="Layer") == ()
+    assert CHECK.num_features(3, (-1,)) == (3,)
+    assert CHECK.num_features((3, 4), (2, 0)) == (3, 4)
+    assert CHECK.num_features((), ()) == ()
     for sizes in ((3, 4), ()):
         with pytest.raises(ValueError, match="Layer: `num_features` must have one size"):
-            check_num_features(sizes, (-1,), layer="Layer")
+            CHECK.num_features(sizes, (-1,))
     with pytest.raises(ValueError, match="Layer: `num_features` must be positive, got -3"):
-        check_num_features(-3, (-1,), layer="Layer")
+        CHECK.num_features(-3, (-1,))
 
 
 @all_norms
@@ -109,7 +110,7 @@ def test_what_an_initializer_raises_with_a_key_is_its_own():
     def broken(key, shape, dtype):
         raise RuntimeError("my own trouble")
 
-    arguments = {"scale_init": broken, "bias_init": None, "layer": "Layer"}
+    arguments = {"scale_init": broken, "bias_init": None, "check": CHECK}
     with pytest.raises(RuntimeError, match="my own trouble"):
         init_affine((3,), jnp.float32, jax.random.key(0), **arguments)
     with pytest.raises(ValueError, match="Layer: `scale_init` failed") as caught:

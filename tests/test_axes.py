@@ -5,13 +5,13 @@ import pytest
 
 import eqx_norms as en
 from eqx_norms._axes import other_axes, to_feature_order, to_input_order, to_rank
-from eqx_norms._checks import canonicalize_axes, check_broadcasts
+from eqx_norms._checks import Check
 
 from .helpers import along, normal, randomize, reference
 
 
 def canonical(axes, ndim):
-    return canonicalize_axes(axes, ndim, layer="Layer", argument="axes")
+    return Check("Layer").axes_in(ndim, axes, "axes")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_to_rank():
     x = jnp.zeros((4, 3))
     for shape in ((), (3,), (1,), (4, 1), (4, 3)):
         array = jnp.ones(shape)
-        check_broadcasts(array, x, layer="Layer", argument="mask")
+        Check("Layer").broadcasts(array, x, "mask")
         laid_out = to_rank(array, x.ndim)
         assert laid_out.ndim == 2
         assert np.broadcast_shapes(laid_out.shape, x.shape) == x.shape
@@ -69,7 +69,7 @@ def test_to_rank():
         with pytest.raises(
             ValueError, match=r"Layer: `mask` of shape .* does not broadcast"
         ):
-            check_broadcasts(jnp.ones(shape), x, layer="Layer", argument="mask")
+            Check("Layer").broadcasts(jnp.ones(shape), x, "mask")
 
 
 # The axes of the layers. All sizes differ, so that no two axes can be mistaken.

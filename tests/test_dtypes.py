@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import eqx_norms as en
-from eqx_norms._checks import check_dtype
-from eqx_norms._dtypes import promote, real_dtype, result_dtype
+from eqx_norms._checks import Check
+from eqx_norms._dtypes import promote, real_dtype
 
 from .helpers import (
     LAYERS,
@@ -80,7 +80,7 @@ def test_result_dtype(dtype, x, others, expected):
     arrays = [None if other is None else jnp.ones(3, other) for other in others]
     if dtype not in (None, "input"):
         dtype = np.dtype(dtype)
-    assert result_dtype(dtype, jnp.ones(3, x), *arrays, layer="Layer") == expected
+    assert Check("Layer").dtype_of(dtype, jnp.ones(3, x), *arrays) == expected
 
 
 def test_real_dtype():
@@ -90,16 +90,16 @@ def test_real_dtype():
 
 
 def test_check_dtype():
-    assert check_dtype("bfloat16", layer="Layer", argument="dtype") == BF16
+    assert Check("Layer").dtype("bfloat16", "dtype") == BF16
     # Without 64 bits there is nothing wider than this.
-    assert check_dtype(F64, layer="Layer", argument="dtype") == F32
+    assert Check("Layer").dtype(F64, "dtype") == F32
     with float64():
-        assert check_dtype(F64, layer="Layer", argument="dtype") == F64
+        assert Check("Layer").dtype(F64, "dtype") == F64
     for dtype in (jnp.int32, bool):
         with pytest.raises(
             ValueError, match="Layer: `dtype` must be a floating or complex"
         ):
-            check_dtype(dtype, layer="Layer", argument="dtype")
+            Check("Layer").dtype(dtype, "dtype")
 
 
 def widen(leaf):

@@ -13,8 +13,8 @@ import pytest
 import eqx_norms as en
 from eqx_norms import convert
 
-from .helpers import float64, normal
-from .test_convert_equinox import close, evaluate, forward, shaken
+from .helpers import assert_close, float64, normal, randomize
+from .test_convert_equinox import evaluate, forward
 
 
 KEY = jax.random.key(0)
@@ -158,7 +158,7 @@ every = pytest.mark.parametrize("name", CASES)
 def made(name, steps=3) -> tuple[Any, Any, Any, type]:
     """A layer, its state after some steps, a batch and what the layer becomes."""
     make, shape, becomes = CASES[name]
-    layer, state = eqx.nn.make_with_state(lambda: shaken(make()))()
+    layer, state = eqx.nn.make_with_state(lambda: randomize(make()))()
     x = (2 + 3 * normal(7, (8, *shape))).astype(
         jnp.bfloat16 if "half" in name else jnp.float32
     )
@@ -185,7 +185,9 @@ def test_evaluation(name):
     half = "half" in name
     if not (half and becomes is eqx.nn.BatchNorm):  # Whose statistics are float32.
         assert y.dtype == expected.dtype == x.dtype
-    close(y.astype(jnp.float32), expected.astype(jnp.float32), 1e-2 if half else 2e-5)
+    assert_close(
+        y.astype(jnp.float32), expected.astype(jnp.float32), 1e-2 if half else 2e-5
+    )
     back, back_state = as_pair(convert.from_equinox(new, new_state))
     again, again_state = as_pair(convert.to_equinox(back, back_state))
     arrays = jax.tree.leaves(eqx.filter((new, new_state), eqx.is_array))
@@ -338,14 +340,14 @@ def test_there_and_back(steps):
     """A model of Equinox, to this library and back, in evaluation up to the rounding of its
     debiased averages. A file of the restored model loads into the one that was there."""
     x = 2 + normal(7, (8, 3))
-    model, state = eqx.nn.make_with_state(lambda: shaken(mixed()))()
+    model, state = eqx.nn.make_with_state(lambda: randomize(mixed()))()
     for _ in range(steps):
         _, state = forward(model, state, x)
     back = en.restore_norms(*en.replace_norms(model, state))
     assert jax.tree.structure(eqx.filter(back, eqx.is_array)) == jax.tree.structure(
         eqx.filter((model, state), eqx.is_array)
     )
-    close(evaluate(*back, x), evaluate(model, state, x))
+    assert_close(evaluate(*back, x), evaluate(model, state, x))
     again = en.restore_norms(*en.replace_norms(*back))
     assert eqx.tree_equal(eqx.filter(again, eqx.is_array), eqx.filter(back, eqx.is_array))
     file = io.BytesIO()
@@ -383,7 +385,7 @@ def test_stacked_layers():
     """Layers made by `vmap`, for a scan over them or an ensemble."""
     make = lambda key: (en.LayerNorm(4), en.BatchNorm(4, **BN))  # noqa: E731
     old, state = eqx.filter_vmap(eqx.nn.make_with_state(make))(jax.random.split(KEY, 3))
-    old = shaken(old)
+    old = randomize(old)
     x = normal(7, (8, 4))
 
     @eqx.filter_vmap(in_axes=(eqx.if_array(0), eqx.if_array(0)))
@@ -397,7 +399,7 @@ def test_stacked_layers():
 
     for _ in range(2):
         new, new_state = en.restore_norms(old, state)
-        close(both(new, new_state), both(old, state), 1e-5)
+        assert_close(both(new, new_state), both(old, state), 1e-5)
         state = step(old, state)
 
 
@@ -408,7 +410,7 @@ def test_norms_within_a_wrapped_layer():
         new = en.restore_norms(en.WeightNorm(inner))
     assert type(new) is en.WeightNorm
     assert type(new.layer[1]) is eqx.nn.RMSNorm
-    close(new(jnp.ones(3)), en.WeightNorm(inner)(jnp.ones(3)))
+    assert_close(new(jnp.ones(3)), en.WeightNorm(inner)(jnp.ones(3)))
 
 
 def test_under_jit():
@@ -424,7 +426,7 @@ def test_in_float64():
         x = normal(7, (8, 3), jnp.float64)
         _, state = forward(layer, state, x)
         new, new_state = convert.to_equinox(layer, state)
-        close(evaluate(new, new_state, x), evaluate(layer, state, x), 1e-12)
+        assert_close(evaluate(new, new_state, x), evaluate(layer, state, x), 1e-12)
         forward(new, new_state, x)
 
 

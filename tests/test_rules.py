@@ -8,8 +8,8 @@ import pytest
 
 import eqx_norms as en
 
-from .helpers import normal
-from .test_convert_equinox import close, evaluate, forward
+from .helpers import assert_close, normal
+from .test_convert_equinox import evaluate, forward
 
 
 class OwnBatchNorm(eqx.nn.StatefulLayer):
@@ -50,7 +50,7 @@ def test_a_rule_that_reads_the_state():
 
     new, new_state = en.replace_norms(model, state, rules={OwnBatchNorm: renew})
     x = normal(7, (8, 3))
-    close(evaluate(new, new_state, x), evaluate(model, state, x), 1e-5)
+    assert_close(evaluate(new, new_state, x), evaluate(model, state, x), 1e-5)
     _, after = forward(new, new_state, x)
     first, second = (norm.running_stats(after).mean for norm in new)
     assert not jnp.allclose(first, second)
@@ -85,4 +85,4 @@ def test_spectral_norm_of_a_vector():
     linear = eqx.nn.Linear(3, 4, key=jax.random.key(0))
     layer = en.SpectralNorm(linear, where=lambda m: m.bias, key=jax.random.key(1))
     baked = en.bake(layer)
-    close(baked.bias, linear.bias / jnp.linalg.norm(linear.bias))
+    assert_close(baked.bias, linear.bias / jnp.linalg.norm(linear.bias))

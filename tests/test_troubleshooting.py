@@ -112,7 +112,7 @@ TROUBLES: dict[str, Any] = {
     "unsupported operand type(s) for +: 'jaxlib._jax.ArrayImpl' and 'NoneType'": lambda: (
         jax.tree.map(lambda p, u: p + u, LAYER, jax.tree.map(lambda _: None, LAYER))
     ),
-    "BatchNorm: training needs more than one position for each feature": lambda: NORM(
+    "BatchNorm: needs more than one position for each mean and variance": lambda: NORM(
         X[:1], state()
     ),
     "LayerNorm: expected features of shape (4,) along `feature_axes=(1,)`, got (3,)": (
