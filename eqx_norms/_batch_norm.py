@@ -13,7 +13,7 @@ from ._layer import AbstractNorm
 from ._normalize import normalize
 from ._running import RunningStats, Step, get_stats, init_stats, update
 from ._state import check_precision, get_state, needs_state, set_state
-from ._statistics import Moments, Reduction
+from ._statistics import Reduction, Statistics
 from ._trees import find_nodes, map_nodes
 from ._types import (
     AnyArray,
@@ -223,8 +223,8 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         )
         inputs, settings = self._check(x, mask, scale, bias, running.mean.shape)
         if self._evaluates(use_running_average):
-            given = Moments(running.mean, running.var)
-            return normalize(settings, inputs._replace(moments=given))[0], state
+            given = Statistics(running.mean, None, running.var)
+            return normalize(settings, inputs._replace(given=given))[0], state
 
         check_precision(running, layer=name)
         if jnp.iscomplexobj(inputs.x) and not jnp.iscomplexobj(running.mean):

@@ -1,24 +1,25 @@
-r"""`(x - mean) / sqrt(var + epsilon) * scale + bias`: the only normalisation there is.
+r"""`(x - mean) / sqrt(var + epsilon) * scale + bias`, and its derivatives.
 
-With `inv = 1 / sqrt(var + epsilon)` and `z = (x - mean) * inv` it is `z * scale + bias`.
-Its derivative `dy`, for tangents `dx`, `dscale`, `dbias` and the moments of `x` itself:
+With `d = (x - shift) - offset`, where `mean = shift + offset`, with
+`inv = 1 / sqrt(var + epsilon)` and `z = d * inv` it is `z * scale + bias`. Its derivative
+`dy`, for tangents `dx`, `dscale`, `dbias` and the statistics of `x` itself:
 
 - The mean is linear in `x`, so `dmean = a` with `a = E[dx]`.
-- The variance is E|x - mean|^2, so `dvar = 2 e` with `e = E[(x - mean) dx]`. (`dmean` does
-  not matter there, since E[x - mean] = 0.)
+- The variance is E|x - mean|^2, so `dvar = 2 e` with `e = E[d dx]`. (`dmean` does not
+  matter there, since E[d] = 0.)
 - `d(1 / sqrt(v)) = -dv / (2 v^(3/2))`, so `dinv = -inv^3 e = -inv^2 b` with `b = e * inv`.
-- Together `dz = (dx - a) * inv + (x - mean) * dinv = (dx - a - z * b) * inv`.
+- Together `dz = (dx - a) * inv + d * dinv = (dx - a - z * b) * inv`.
 - `dy = dz * scale + z * dscale + dbias`.
 
-For complex `x` it is `e = E[Re(conj(x - mean) dx)]`. Where the moments are given, as in
+For complex `x` it is `e = E[Re(conj(d) dx)]`. Where the statistics are given, as in
 evaluation, `a` and `e` are `dmean` and `dvar / 2`.
 
 Where `f = inv * scale` has the shape of `inv`, it is formed first:
 
-    y = (x - mean) * f + bias,    dy = dx * f + z * (dscale - b * f) + (dbias - a * f).
+    y = d * f + bias,    dy = dx * f + z * (dscale - b * f) + (dbias - a * f).
 
 The tangent is a linear function of `dx`, `dscale` and `dbias`. It computes what it needs of
-`x`, of scale and of the moments, which are small; `jax.checkpoint` keeps these for the
+`x`, of scale and of the statistics, which are small; `jax.checkpoint` keeps these for the
 backward pass, and nothing else. JAX transposes the function when the time comes: that gives
 reverse mode, where `jax.custom_vjp` would give up forward mode and second derivatives.
 """
@@ -35,35 +36,50 @@ from jaxtyping import Array
 
 from ._axes import feature_shape, other_axes, to_input_order, to_rank
 from ._dtypes import cast, real_dtype
-from ._statistics import Inputs, Moments, Settings, counted, means, moments, real_product
+from ._statistics import (
+    Inputs,
+    Settings,
+    Statistics,
+    counted,
+    means,
+    real_product,
+    statistics,
+)
 
 
 def _deviation(
-    settings: Settings, inputs: Inputs, stats: Moments
+    settings: Settings, inputs: Inputs, stats: Statistics
 ) -> tuple[Array, Array, Array | None]:
-    """Returns `d = x - mean`, `inv` and, with a mask, a boolean array `valid`. `valid` is
-    `False` where the mask excludes a position and `d * inv` would not be finite. There `d`
-    is `-mean`, as if `x` were zero."""
+    """Returns `d = (x - shift) - offset`, `inv` and, with a mask, a boolean array `valid`.
+    `valid` is `False` where the mask excludes a position and `d * inv` would not be finite;
+    `d` is there that of zero."""
     x, spread = inputs.x.astype(settings.wide(inputs.x)), settings.reduction.spread
-    group = jax.tree.map(inputs.members.own_group, stats)
-    # Given moments may be of another width than what is computed in.
-    v = group.var.astype(real_dtype(x.dtype)) + settings.epsilon
-    mean = jnp.zeros_like(v) if group.mean is None else cast(group.mean, x.dtype)
+    stats = jax.tree.map(inputs.members.own_group, stats)
+    # Given ones may be of another width than what is computed in.
+    v = stats.var.astype(real_dtype(x.dtype)) + settings.epsilon
+    shift, offset = (
+        jnp.zeros_like(v) if part is None else cast(part, x.dtype)
+        for part in (stats.shift, stats.offset)
+    )
     limits = jnp.finfo(v.dtype)
     if settings.epsilon > limits.tiny:
         inv = jax.lax.rsqrt(v)
     else:
-        # A variance that the rounding of the mean can explain counts as zero.
-        varies = v > limits.tiny + (8 * float(limits.eps) * jnp.abs(mean)) ** 2
+        # A variance that rounding can explain counts as zero: that of the values
+        # themselves, and where the mean is not given, that of the sums about the shift.
+        explained = 8 * float(limits.eps) * jnp.abs(shift)
+        if stats.offset is not None:
+            explained = jnp.minimum(explained, jnp.abs(offset) / 8)
+        varies = v > limits.tiny + explained**2
         inv = jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, v, 1)), 0)
-    if group.number is not None:
-        inv = jnp.where(group.number > 0, inv, 0)
-    inv, mean = (spread(array.astype(x.dtype), x) for array in (inv, mean))
-    d = x - mean
+    if stats.positions is not None:
+        inv = jnp.where(stats.positions > 0, inv, 0)
+    inv, shift, offset = (spread(part.astype(x.dtype), x) for part in (inv, shift, offset))
+    d = (x - shift) - offset
     if inputs.mask is None:
         return d, inv, None
     valid = inputs.mask | jnp.isfinite(d * inv)
-    return jnp.where(valid, d, -mean), inv, valid
+    return (jnp.where(valid, x, 0) - shift) - offset, inv, valid
 
 
 def _total(terms: tuple[Array | None, ...], dtype: np.dtype, offset: float = 0.0) -> Any:
@@ -83,10 +99,10 @@ def _keeps_shape(scale: Array | None, inv: Array) -> bool:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _standardize(settings: Settings, inputs: Inputs) -> tuple[Array, Moments]:
-    """The result, and the moments that it was normalised with."""
+def _standardize(settings: Settings, inputs: Inputs) -> tuple[Array, Statistics]:
+    """The result, and the statistics that it was normalised with."""
     wide = settings.wide(inputs.x)
-    stats = moments(settings, inputs) if inputs.moments is None else inputs.moments
+    stats = statistics(settings, inputs) if inputs.given is None else inputs.given
     d, inv, _ = _deviation(settings, inputs, stats)
     scale = _total(inputs.scale, wide, settings.scale_offset)
     bias = _total(inputs.bias, wide)
@@ -98,8 +114,8 @@ def _standardize(settings: Settings, inputs: Inputs) -> tuple[Array, Moments]:
 
 
 def _tangent(
-    settings: Settings, kept: Inputs, stats: Moments, dx: Any, tangents: Any
-) -> tuple[Array, Moments]:
+    settings: Settings, kept: Inputs, stats: Statistics, dx: Any, tangents: Any
+) -> tuple[Array, Statistics]:
     """The derivative of `_standardize`. `dx` is `None` where it is zero."""
     reduction, wide = settings.reduction, settings.wide(kept.x)
     d, inv, valid = _deviation(settings, kept, stats)
@@ -108,18 +124,18 @@ def _tangent(
     dx = None if dx is None else dx.astype(wide)
 
     dstats = jax.tree.map(jnp.zeros_like, stats)
-    if tangents.moments is not None:
-        dstats = jax.tree.map(jnp.add, dstats, tangents.moments)
+    if tangents.given is not None:
+        dstats = jax.tree.map(jnp.add, dstats, tangents.given)
     elif dx is not None:
         t = counted(kept.mask, dx)
         values = (t,) * settings.subtract_mean + (real_product(d, t),)
-        both = means(settings, kept, stats.number, *values)
+        both, _ = means(settings, kept, *values, positions=stats.positions)
         # Without the barrier XLA fuses these sums, over the last axis, with the gradient of
         # `x` on a GPU, and needs another kernel, which reads `x` again, for the gradients
         # of scale and bias. A LayerNorm of which it did so took 1.13 times as long to train
         # on an H200 as one in a `vmap`, of which it did not.
         *a, e = jax.lax.optimization_barrier(both) if reduction.over_last_axis(d) else both
-        dstats = Moments(a[0] if a else None, 2 * e, dstats.number)
+        dstats = dstats._replace(offset=a[0] if a else None, var=2 * e)
     a, dvar = (
         0 if t is None else cast(reduction.spread(kept.members.own_group(t), d), wide)
         for t in (dstats.mean, dstats.var)
@@ -146,7 +162,7 @@ def _rule(settings, primals, tangents):
         tangents._replace(x=None, mask=None, members=None),
         is_leaf=lambda t: isinstance(t, SymbolicZero),
     )
-    kept = inputs._replace(bias=(), moments=None)
+    kept = inputs._replace(bias=(), given=None)
     tangent = functools.partial(_tangent, settings)
 
     # On a CPU XLA fuses no sum over the last axis, for the gradient of `x`, with one over
@@ -156,7 +172,7 @@ def _rule(settings, primals, tangents):
     def apart(kept, stats, dx, tangents):
         part = jax.checkpoint(tangent)
         of_x = part(kept, stats, dx, tangents._replace(scale=(), bias=()))
-        of_parameters = part(kept, stats, None, tangents._replace(moments=None))
+        of_parameters = part(kept, stats, None, tangents._replace(given=None))
         return jax.tree.map(operator.add, of_x, of_parameters)
 
     def linear(*args):
@@ -178,12 +194,12 @@ _standardize.defjvp(_rule, symbolic_zeros=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def normalize(settings: Settings, inputs: Inputs) -> tuple[Array, Moments]:
-    """Normalises with the moments of `x`, or with those given, and returns them too.
+def normalize(settings: Settings, inputs: Inputs) -> tuple[Array, Statistics]:
+    """Normalises with the statistics of `x`, or with those given, and returns them too.
 
-    Scale, bias and given moments have the feature shape; scale, bias and mask may broadcast
-    to `x`. All of it is one `jax.jit`: a call outside of any other is one dispatch, and
-    layers that are alike are traced once.
+    Scale, bias and given statistics have the feature shape; scale, bias and mask may
+    broadcast to `x`. All of it is one `jax.jit`: a call outside of any other is one
+    dispatch, and layers that are alike are traced once.
     """
     x, axes = inputs.x, settings.feature_axes
 
@@ -194,5 +210,5 @@ def normalize(settings: Settings, inputs: Inputs) -> tuple[Array, Moments]:
 
     mask = None if inputs.mask is None else to_rank(inputs.mask, x.ndim)
     scale, bias = jax.tree.map(lay_out, (inputs.scale, inputs.bias))
-    given = jax.tree.map(lambda a: to_input_order(a, axes), inputs.moments)
+    given = jax.tree.map(lambda a: to_input_order(a, axes), inputs.given)
     return _standardize(settings, Inputs(x, mask, scale, bias, given, inputs.members))
