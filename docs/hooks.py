@@ -105,6 +105,10 @@ def on_page_markdown(markdown: str, page, config, **_) -> str:
             return text
         return f"{picture}[{text}]({target}{anchor})"
 
+    # The README's badges are pictures of another site.
+    markdown = re.sub(r"^!\[.*\]\(https?:.*\)\n", "", markdown, flags=re.MULTILINE)
+    # Two figures of a cell stay on a line.
+    markdown = re.sub(r"(?<=\d) / (?=\d)", "\u00a0/\u00a0", markdown)
     parts = FENCED.split(markdown)
     return "".join(p if i % 2 else LINK.sub(relink, p) for i, p in enumerate(parts))
 
