@@ -2,9 +2,9 @@
 
 The variance is not computed as E|x|^2 - |E[x]|^2: where the mean is a few thousand
 deviations away from zero, rounding leaves nothing of that difference. First a shift near
-the mean is subtracted. With d = x - shift, and both sums in one reading of `x`,
+the mean is subtracted. With both sums in one reading of `x`,
 
-    offset = E[d],    var = E|d|^2 - |offset|^2,    mean = shift + offset.
+    offset = E[x - shift],  var = E|x - shift|^2 - |offset|^2,  mean = shift + offset.
 
 The difference multiplies the rounding error of the variance by about
 1 + |offset|^2 / var (Chan, Golub and LeVeque, "Algorithms for computing the sample
@@ -39,7 +39,7 @@ from ._types import Shape, Size
 
 
 class Reduction(NamedTuple):
-    """What a statistic is over: some axes and, with `groups = (axis, number)`, each of
+    """What a statistic is over: some axes and, with `blocks = (axis, number)`, each of
     `number` contiguous blocks of equal length along one more axis. `example_axis` is the
     axis along which the examples of a batch are; `None` if that is not known.
 
@@ -49,14 +49,14 @@ class Reduction(NamedTuple):
     """
 
     axes: tuple[int, ...]
-    groups: tuple[int, int] | None = None
+    blocks: tuple[int, int] | None = None
     example_axis: int | None = None
 
     def sum(self, x: Array) -> Array:
-        if self.groups is None:
+        if self.blocks is None:
             return jnp.sum(x, self.axes, dtype=x.dtype)
         # After the sums over space, which are long, there is little left to reshape.
-        axis, number = self.groups
+        axis, number = self.blocks
         x = unshard(jnp.sum(x, self.axes, keepdims=True, dtype=x.dtype), axis)
         split = (*x.shape[:axis], number, x.shape[axis] // number, *x.shape[axis + 1 :])
         return jnp.squeeze(jnp.sum(x.reshape(split), axis + 1, dtype=x.dtype), self.axes)
@@ -64,12 +64,12 @@ class Reduction(NamedTuple):
     def size(self, shape: Shape) -> Size:
         """How many positions of an input of this shape one statistic is over."""
         size = math.prod(shape[axis] for axis in self.axes)
-        if self.groups is not None:
-            axis, number = self.groups
+        if self.blocks is not None:
+            axis, number = self.blocks
             size *= shape[axis] // number
         return size
 
-    def count(self, mask: Array, x: Array) -> Array:
+    def positions(self, mask: Array, x: Array) -> Array:
         """How many positions of `x` count by a mask that broadcasts to it."""
         mask = jnp.broadcast_to(mask, x.shape)
         # A float32 sum of ones stops growing at 2^24.
@@ -78,9 +78,9 @@ class Reduction(NamedTuple):
     def spread(self, statistic: Array, x: Array) -> Array:
         """A statistic laid out against `x`, to which it then broadcasts."""
         statistic = jnp.expand_dims(statistic, self.axes)
-        if self.groups is None:
+        if self.blocks is None:
             return statistic
-        axis, number = self.groups
+        axis, number = self.blocks
         return jnp.repeat(statistic, x.shape[axis] // number, axis)
 
     def a_few(self, x: Array, vmapped: bool) -> Array:
@@ -99,7 +99,7 @@ class Reduction(NamedTuple):
 
     def over_last_axis(self, x: Array) -> bool:
         """Whether a statistic is over the last axis of `x` alone."""
-        return self.axes == (x.ndim - 1,) and self.groups is None
+        return self.axes == (x.ndim - 1,) and self.blocks is None
 
 
 class Statistics(NamedTuple):
@@ -120,8 +120,9 @@ class Statistics(NamedTuple):
 
     @property
     def mean(self) -> Array | None:
-        both = self.shift is not None and self.offset is not None
-        return self.shift + self.offset if both else self.shift
+        if self.shift is None or self.offset is None:
+            return self.shift
+        return self.shift + self.offset
 
 
 class Settings(NamedTuple):
@@ -134,8 +135,8 @@ class Settings(NamedTuple):
     scale_offset: float = 0.0
     subtract_mean: bool = True
     use_fast_variance: bool = True
-    # Whether it is under differentiation. Then the statistics are results too.
-    differentiated: bool = False
+    # Whether the statistics are results too, as they are under differentiation.
+    returns_statistics: bool = False
 
     def wide(self, x: Array) -> np.dtype:
         """What to compute in, for a result of `dtype`."""
@@ -155,13 +156,15 @@ class Inputs(NamedTuple):
     members: Members = ALONE
 
 
-def real_product(a: Array, b: Array) -> Array:
-    """The real part of conj(a) b."""
-    return a.real * b.real + a.imag * b.imag if jnp.iscomplexobj(a) else a * b
+def real_product(left: Array, right: Array) -> Array:
+    """The real part of conj(left) right."""
+    if jnp.iscomplexobj(left):
+        return left.real * right.real + left.imag * right.imag
+    return left * right
 
 
-def abs_square(a: Array) -> Array:
-    return real_product(a, a)
+def abs_square(x: Array) -> Array:
+    return real_product(x, x)
 
 
 def counted(mask: Array | None, x: Array) -> Array:
@@ -178,7 +181,7 @@ def means(
     reduction, members = settings.reduction, inputs.members
     sums = [reduction.sum(value) for value in values]
     if inputs.mask is not None and positions is None:
-        *sums, positions = members.sum(*sums, reduction.count(inputs.mask, values[0]))
+        *sums, positions = members.sum(*sums, reduction.positions(inputs.mask, values[0]))
     else:
         sums = members.sum(*sums)
     size = reduction.size(values[0].shape) * members.size
@@ -201,27 +204,36 @@ def _shortened(array: Array) -> Array:
     return lax.reduce_precision(array, limits.nexp, limits.nmant - 1)
 
 
-def _shift(settings: Settings, inputs: Inputs, wide: Array) -> tuple[Array, Array | None]:
-    """Something near the mean, and how many positions were counted, if they were."""
+def _few_suffice(settings: Settings, inputs: Inputs) -> bool:
+    """Whether the shift is the mean of a few entries of `x`, and not of all."""
     x, reduction, members = inputs.x, settings.reduction, inputs.members
+    # A mask may exclude these few. Along a split axis an Explicit mesh has no slice.
+    if not settings.use_fast_variance or inputs.mask is not None:
+        return False
+    if is_sharded(x, reduction.axes):
+        return False
     # Of rows whose statistics are no output of the program, XLA makes one GPU kernel of the
     # sum for the mean, the two sums about it, and the result: it reads `x` once.
-    one_kernel = reduction.over_last_axis(x) and not (
-        members.mesh_names or settings.differentiated
-    )
-    # Where no axis is reduced, nor one of the members vmapped, there is nothing to slice.
-    # With groups all members are needed.
-    sliced = reduction.axes or (members.indices and members.group is None)
-    may_slice = sliced and not is_sharded(x, reduction.axes)
-    fast = settings.use_fast_variance and inputs.mask is None
-    if not (fast and may_slice and not one_kernel):
+    if reduction.over_last_axis(x) and not (
+        members.mesh_names or settings.returns_statistics
+    ):
+        return False
+    # There must be something to slice: a reduced axis, or members along a vmapped one. (Of
+    # groups of members all are needed.)
+    return bool(reduction.axes or (members.indices and members.group is None))
+
+
+def _shift(settings: Settings, inputs: Inputs, wide: Array) -> tuple[Array, Array | None]:
+    """Something near the mean, and how many positions were counted, if they were."""
+    if not _few_suffice(settings, inputs):
         (mean,), positions = means(settings, inputs, counted(inputs.mask, wide))
         return _shortened(mean), positions
     # The slice comes before the cast: else compilers may write all of the cast `x`.
     # Without the barrier a TPU's compiler duplicates the shift, as it is and broadcast
     # to `x`, and runs an all-reduce for each.
-    few, others = members.first(reduction.a_few(x, vmapped=bool(members.indices)))
-    (mean,), _ = means(settings, inputs._replace(members=others), few.astype(wide.dtype))
+    vmapped = bool(inputs.members.indices)
+    few, members = inputs.members.first(settings.reduction.a_few(inputs.x, vmapped))
+    (mean,), _ = means(settings, inputs._replace(members=members), few.astype(wide.dtype))
     return lax.optimization_barrier(mean), None
 
 
@@ -232,13 +244,14 @@ def statistics(settings: Settings, inputs: Inputs) -> Statistics:
         inputs = inputs._replace(mask=jnp.zeros(x.shape, bool))
     wide = x.astype(settings.wide(x))
     if not settings.subtract_mean:
-        (square,), positions = means(
-            settings, inputs, counted(inputs.mask, abs_square(wide))
-        )
+        square = counted(inputs.mask, abs_square(wide))
+        (square,), positions = means(settings, inputs, square)
         return Statistics(None, None, square, positions)
     shift, positions = _shift(settings, inputs, wide)
-    d = counted(inputs.mask, wide - reduction.spread(members.own_group(shift), x))
-    (offset, square), _ = means(settings, inputs, d, abs_square(d), positions=positions)
+    shifted = counted(inputs.mask, wide - reduction.spread(members.own_group(shift), x))
+    (offset, square), _ = means(
+        settings, inputs, shifted, abs_square(shifted), positions=positions
+    )
     # The difference of square and |offset|^2. XLA would square the sum in `offset` before
     # it divides, which overflows sooner. Squares that overflow are infinite.
     root, size = jnp.sqrt(square), jnp.abs(offset)
