@@ -1,4 +1,4 @@
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -14,7 +14,6 @@ from ._running import PooledStats, RunningStats, Step, get_stats, init_stats, up
 from ._standardize import compute
 from ._state import check_precision, get_state, needs_state, set_state
 from ._statistics import Reduction, Statistics
-from ._trees import find_nodes, map_nodes
 from ._types import (
     AnyArray,
     Axes,
@@ -24,9 +23,6 @@ from ._types import (
     Initializer,
     Shape,
 )
-
-
-Model = TypeVar("Model")
 
 
 class BatchNorm(AbstractNorm, StatefulLayer):
@@ -274,47 +270,3 @@ class BatchNorm(AbstractNorm, StatefulLayer):
     def running_stats(self, state: State) -> RunningStats:
         """The running statistics that `state` holds for this layer."""
         return get_state(state, self.state_index, layer=type(self).__name__)
-
-
-def freeze(model: Model) -> Model:
-    """Has every [`eqx_norms.BatchNorm`][] in a model normalise with its running statistics
-    and leave them alone, whatever `equinox.nn.inference_mode` or the call says.
-
-    **Arguments:**
-
-    - `model`: any PyTree, a single layer included.
-
-    **Returns:**
-
-    The model, with the field `frozen` of each of these layers `True`.
-
-    **Raises:**
-
-    `ValueError` if there is none.
-    """
-    return _set_frozen(model, True, "freeze")
-
-
-def unfreeze(model: Model) -> Model:
-    """The opposite of [`eqx_norms.freeze`][]."""
-    return _set_frozen(model, False, "unfreeze")
-
-
-def _set_frozen(model: Model, frozen: bool, source: str) -> Model:
-    find_batch_norms(model, source)
-    return map_nodes(
-        lambda layer: eqx.tree_at(lambda layer: layer.frozen, layer, frozen),
-        model,
-        BatchNorm,
-    )
-
-
-def find_batch_norms(model: Any, source: str) -> dict[str, BatchNorm]:
-    """Every `BatchNorm` in a model, which must have one, by path."""
-    layers = find_nodes(model, BatchNorm)
-    if not layers:
-        raise ValueError(
-            f"{source}: there is no `eqx_norms.BatchNorm` in this model. Those of "
-            "`equinox.nn` become such by `eqx_norms.replace_norms`."
-        )
-    return layers

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from ._axes import feature_shape, other_axes
 from ._collectives import Groups, Names
@@ -357,7 +357,8 @@ def check_mask_axes(mask: Array | None, shape: Shape, reduction: Reduction, *, l
 def as_array(value: Any, *, layer: str, argument: str) -> Array:
     cause = None
     try:
-        array = jnp.asarray(value)
+        # A cast to its own dtype looks at the values, if `jax_debug_nans` is set.
+        array = value if isinstance(value, jax.Array) else jnp.asarray(value)
         if not jnp.issubdtype(array.dtype, jax.dtypes.extended):
             return array
     except (TypeError, ValueError, OverflowError) as error:
@@ -367,16 +368,6 @@ def as_array(value: Any, *, layer: str, argument: str) -> Array:
         f"{layer}: `{argument}` must be an array of numbers, got one of type "
         f"{type(value).__name__}{dtype}. Give a `jax.Array` of floats."
     ) from cause
-
-
-def split_key(key: PRNGKeyArray, number: int, *, layer: str) -> list[PRNGKeyArray]:
-    try:
-        return list(jax.random.split(key, number))
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{layer}: `key` must be a single random key, got {key!r}. Make one with "
-            "`jax.random.key(0)`, for example."
-        ) from None
 
 
 def check_inputs(

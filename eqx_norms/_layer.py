@@ -6,20 +6,24 @@ from typing import Any, ClassVar, overload
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 from equinox.nn import State
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
-from ._affine import init_affine
 from ._checks import (
     as_array,
     as_tuple,
     canonicalize_axes,
+    check_axes,
+    check_dtype,
     check_epsilon,
     check_features,
     check_flag,
     check_groups,
     check_names,
     check_num_features,
+    check_reduction_axes,
     check_result_dtype,
     check_scale_offset,
 )
@@ -28,7 +32,76 @@ from ._names import AnswersNames
 from ._standardize import compute, prepare
 from ._state import check_optional_state
 from ._statistics import Inputs, Reduction, Settings, Statistics
-from ._types import AnyArray, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
+from ._types import (
+    AnyArray,
+    Axes,
+    AxisIndexGroups,
+    AxisName,
+    DTypeLike,
+    Initializer,
+    Shape,
+)
+
+
+def split_key(key: PRNGKeyArray, number: int, *, layer: str) -> list[PRNGKeyArray]:
+    try:
+        return list(jax.random.split(key, number))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{layer}: `key` must be a single random key, got {key!r}. Make one with "
+            "`jax.random.key(0)`, for example."
+        ) from None
+
+
+def init_affine(
+    shape: Shape,
+    dtype: DTypeLike,
+    key: PRNGKeyArray | None,
+    *,
+    scale_init: Initializer | None,
+    bias_init: Initializer | None,
+    layer: str,
+) -> tuple[Array | None, Array | None]:
+    """Scale and bias, each `None` without an initializer."""
+    keys = (None, None) if key is None else split_key(key, 2, layer=layer)
+    dtype = check_dtype(dtype, layer=layer, argument="param_dtype")
+    return (
+        _init(scale_init, shape, dtype, keys[0], layer=layer, argument="scale_init"),
+        _init(bias_init, shape, dtype, keys[1], layer=layer, argument="bias_init"),
+    )
+
+
+def _init(
+    init: Initializer | None,
+    shape: Shape,
+    dtype: np.dtype,
+    key: PRNGKeyArray | None,
+    *,
+    layer: str,
+    argument: str,
+) -> Array | None:
+    if init is None:
+        return None
+    if not callable(init):
+        raise ValueError(
+            f"{layer}: `{argument}` must be a function `(key, shape, dtype) -> array`, as "
+            f"in `jax.nn.initializers`, got one of type {type(init).__name__}."
+        )
+    try:
+        value = jnp.asarray(init(key, shape, dtype))
+    except Exception as error:
+        if key is not None:
+            raise
+        raise ValueError(
+            f"{layer}: `{argument}` failed without a random key. If it draws random "
+            "numbers, give the layer one: `key=jax.random.key(...)`."
+        ) from error
+    if value.shape != shape or value.dtype != dtype:
+        raise ValueError(
+            f"{layer}: `{argument}` must return shape {shape} and dtype {dtype}, got "
+            f"shape {value.shape} and dtype {value.dtype}."
+        )
+    return value.astype(dtype)  # not weakly typed, whatever the initializer returned
 
 
 class AbstractNorm(AnswersNames, eqx.Module):
@@ -236,3 +309,26 @@ class AbstractExampleNorm(AbstractNorm):
         with jax.named_scope(f"eqx_norms.{type(self).__name__}"):
             y, _ = compute(*self._prepare(x, mask, scale, bias, self._features()))
         return y if state is None else (y, state)
+
+
+class AbstractAxesNorm(AbstractExampleNorm):
+    """A layer that says itself which axes its statistics are over."""
+
+    _arguments: ClassVar[tuple[str, ...]] = ("feature_axes", "reduction_axes")
+
+    reduction_axes: tuple[int, ...] = eqx.field(static=True)
+    feature_axes: tuple[int, ...] = eqx.field(static=True)
+
+    def _set_axes(self, feature_axes: Axes, reduction_axes: Axes | None) -> None:
+        """Sets these fields, from within a constructor."""
+        name = type(self).__name__
+        self.feature_axes = check_axes(feature_axes, layer=name, argument="feature_axes")
+        self.reduction_axes = check_reduction_axes(
+            reduction_axes, self.feature_axes, layer=name
+        )
+
+    def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
+        name, axes = type(self).__name__, self.reduction_axes
+        return Reduction(
+            canonicalize_axes(axes, len(shape), layer=name, argument="reduction_axes")
+        )

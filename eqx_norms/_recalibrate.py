@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from equinox.nn import State
 
-from ._batch_norm import BatchNorm, find_batch_norms
+from ._batch_norm import BatchNorm
+from ._freeze import find_batch_norms
 from ._running import PooledStats, RunningStats
-from ._state import get_state
+from ._state import copy_state, get_state
 from ._trees import map_nodes
 
 
@@ -86,7 +87,7 @@ def recalibrate(
     totals = {name: _NOTHING for name in layers}
     number = 0
     for batch in _with_bar(batches) if progress else batches:
-        out = forward(model, _copy(start), batch)
+        out = forward(model, copy_state(start), batch)
         _check_kept((model, start))
         new = _pooled(out, layers, old)
         totals = {name: _merge(totals[name], new[name]) for name in layers}
@@ -132,18 +133,13 @@ def _start(stats: RunningStats) -> PooledStats:
     return PooledStats(stats.mean, stats.var, jnp.zeros_like(stats.count))
 
 
-def _copy(state: State) -> State:
-    """To be used in its place: what sets a state makes it unusable."""
-    return jax.tree.map(lambda leaf: leaf, state)
-
-
 def _replace(
     state: State,
     layers: dict[str, BatchNorm],
     stats: dict[str, PooledStats] | dict[str, RunningStats],
 ) -> State:
     """A new state. `State.set` would refuse statistics of another kind."""
-    new = _copy(state)
+    new = copy_state(state)
     for name, layer in layers.items():
         part = jax.tree.map(
             lambda _, name=name: stats[name],

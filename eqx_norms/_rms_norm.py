@@ -1,17 +1,14 @@
 from typing import ClassVar
 
-import equinox as eqx
 import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 from jaxtyping import PRNGKeyArray
 
-from ._checks import canonicalize_axes, check_axes, check_reduction_axes
-from ._layer import AbstractExampleNorm
-from ._statistics import Reduction
-from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
+from ._layer import AbstractAxesNorm
+from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer
 
 
-class RMSNorm(AbstractExampleNorm):
+class RMSNorm(AbstractAxesNorm):
     r"""Divides each example by the root mean square of its own features.
 
     $$y = \frac{x}{\sqrt{\mathbb{E}[|x|^2] + \varepsilon}} * \gamma$$
@@ -37,11 +34,7 @@ class RMSNorm(AbstractExampleNorm):
         parameters of Flax's `nnx.RMSNorm`.
     """
 
-    _arguments: ClassVar[tuple[str, ...]] = ("feature_axes", "reduction_axes")
     _subtract_mean: ClassVar[bool] = False
-
-    reduction_axes: tuple[int, ...] = eqx.field(static=True)
-    feature_axes: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -76,11 +69,7 @@ class RMSNorm(AbstractExampleNorm):
 
         `ValueError` where one of these is not as described.
         """
-        name = type(self).__name__
-        self.feature_axes = check_axes(feature_axes, layer=name, argument="feature_axes")
-        self.reduction_axes = check_reduction_axes(
-            reduction_axes, self.feature_axes, layer=name
-        )
+        self._set_axes(feature_axes, reduction_axes)
         self._set_common(
             num_features,
             self.feature_axes,
@@ -96,10 +85,4 @@ class RMSNorm(AbstractExampleNorm):
             use_fast_variance=use_fast_variance,
             scale_offset=scale_offset,
             key=key,
-        )
-
-    def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
-        name, axes = type(self).__name__, self.reduction_axes
-        return Reduction(
-            canonicalize_axes(axes, len(shape), layer=name, argument="reduction_axes")
         )

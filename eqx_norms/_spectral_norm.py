@@ -6,21 +6,24 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from equinox.nn import State, StateIndex
+from equinox.nn import Shared, State, StateIndex
 from jax import lax
 from jaxtyping import Array, Float, Inexact, PRNGKeyArray
 
-from ._checks import check_dtype, check_flag, check_integer, split_key
+from ._checks import check_dtype, check_flag, check_integer, check_number
 from ._dtypes import promote, real_dtype, result_dtype
+from ._layer import split_key
 from ._sharding import shard_like
 from ._state import (
     check_precision,
+    copy_state,
     get_state,
     initial_state,
     needs_state,
     set_state,
 )
 from ._statistics import abs_square
+from ._trees import children
 from ._types import Axes, DTypeLike
 from ._weight_norm import directions
 from ._wrapped import AbstractWrapper, Layer, is_stateful, over_stacks
@@ -28,6 +31,8 @@ from ._wrapped import AbstractWrapper, Layer, is_stateful, over_stacks
 
 # Before the first call, so that evaluation is of use from the start.
 _FIRST_STEPS = 15
+# From one look at how far it is to the next.
+_STEPS = 10
 
 
 class SpectralStats(eqx.Module):
@@ -44,7 +49,9 @@ class SpectralStats(eqx.Module):
 
 
 def _sigma(weight: Array, stats: SpectralStats) -> Array:
-    u, v = (a.astype(weight.dtype) for a in (stats.u, stats.v))
+    vectors = (a.astype(weight.dtype) for a in (stats.u, stats.v))
+    # An average of unit vectors is shorter than one.
+    u, v = (_unit(a, a, 0.0) for a in vectors)
     # Of either sign where the vectors are those of another weight.
     return jnp.abs(jnp.sum(u.conj() * weight * v))
 
@@ -66,7 +73,8 @@ def _step(
 ) -> SpectralStats:
     """One power iteration. (Sums, not products of matrices: those are in lower precision
     on accelerators, and refuse sharded weights on an Explicit mesh.)"""
-    v = _unit(jnp.sum(weight.conj() * stats.u, features, keepdims=True), stats.v, epsilon)
+    u = _unit(stats.u, stats.u, 0.0)
+    v = _unit(jnp.sum(weight.conj() * u, features, keepdims=True), stats.v, epsilon)
     u = _unit(jnp.sum(weight * v, others, keepdims=True), stats.u, epsilon)
     return SpectralStats(u, v, stats.sigma)
 
@@ -178,7 +186,7 @@ class SpectralNorm(AbstractWrapper[Layer]):
         )
         self.inference = not check_flag(update_stats, layer=name, argument="update_stats")
 
-    def _init(self, weight: Array, dtype: np.dtype, key: PRNGKeyArray) -> SpectralStats:
+    def _draw(self, weight: Array, dtype: np.dtype, key: PRNGKeyArray) -> SpectralStats:
         shapes = (
             [n if axis in axes else 1 for axis, n in enumerate(weight.shape)]
             for axes in self._axes(weight)
@@ -190,8 +198,10 @@ class SpectralNorm(AbstractWrapper[Layer]):
                 for key, shape in zip(jax.random.split(key), shapes, strict=True)
             )
         )
-        stats = SpectralStats(u, v, jnp.ones((), real_dtype(dtype)))
-        return self._update(weight, stats, _FIRST_STEPS)
+        return SpectralStats(u, v, jnp.ones((), real_dtype(dtype)))
+
+    def _init(self, weight: Array, dtype: np.dtype, key: PRNGKeyArray) -> SpectralStats:
+        return self._update(weight, self._draw(weight, dtype, key), _FIRST_STEPS)
 
     def _update(self, weight: Array, old: SpectralStats, steps: int) -> SpectralStats:
         weight, stats = lax.stop_gradient(weight).astype(old.u.dtype), old
@@ -202,6 +212,39 @@ class SpectralNorm(AbstractWrapper[Layer]):
         # Sharded as before, so that a step can be the body of a scan.
         u, v = shard_like(stats.u, old.u), shard_like(stats.v, old.v)
         return SpectralStats(u, v, sigma)
+
+    def _anew(
+        self, state: State, accuracy: float, max_steps: int
+    ) -> tuple[SpectralStats, ...]:
+        """What is stored, converged for the weights as they are."""
+        stats = get_state(state, self.state_index, layer=type(self).__name__)
+        find = ft.partial(self._converged, accuracy, max_steps)
+        return tuple(map(ft.partial(over_stacks, find), self._weights(), self.ranks, stats))
+
+    def _converged(
+        self, accuracy: float, max_steps: int, weight: Array, old: SpectralStats
+    ) -> SpectralStats:
+        weight = lax.stop_gradient(weight).astype(old.u.dtype)
+        features, _ = self._axes(weight)
+        accuracy = max(accuracy, 8 * float(jnp.finfo(weight.dtype).eps))
+
+        def is_far(carry: tuple[SpectralStats, Array]) -> Array:
+            stats, steps = carry
+            product = jnp.sum(weight.conj() * stats.u, features, keepdims=True)
+            rest = shard_like(product, stats.v) - stats.sigma.astype(weight.dtype) * stats.v
+            residual = jnp.sqrt(jnp.sum(abs_square(rest)))
+            return (residual > accuracy * stats.sigma) & (steps < max_steps)
+
+        def go_on(carry: tuple[SpectralStats, Array]) -> tuple[SpectralStats, Array]:
+            stats, steps = carry
+            return self._update(weight, stats, _STEPS), steps + _STEPS
+
+        # Those of another weight may be singular vectors of this one, but not the first.
+        start = self._draw(weight, old.u.dtype, jax.random.key(0))
+        new, _ = lax.while_loop(is_far, go_on, (start, jnp.zeros((), int)))
+        sigma = _sigma(weight, new)
+        good = jnp.isfinite(sigma) & (sigma > self.epsilon)
+        return jax.tree.map(lambda a, b: jnp.where(good, shard_like(a, b), b), new, old)
 
     def _normalized(self, weight: Array, stats: SpectralStats) -> Array:
         wide = weight.astype(promote(weight.dtype, stats.u.dtype, jnp.float32))
@@ -280,3 +323,84 @@ class SpectralNorm(AbstractWrapper[Layer]):
         """What `state` holds for this layer, weight by weight in the order of the field
         `weights`."""
         return get_state(state, self.state_index, layer=type(self).__name__)
+
+
+def converge_spectral_norms(
+    model: Any, state: State, *, accuracy: float = 1e-5, max_steps: int = 10_000
+) -> State:
+    r"""Finds the singular vectors of every [`eqx_norms.SpectralNorm`][] in a model anew,
+    for the weights as they are now: for those that are an average over training, or were
+    loaded or changed otherwise. For `BatchNorm` there is [`eqx_norms.recalibrate`][].
+
+    Power iteration starts from vectors drawn at random, the same at each call, and stops
+    where
+
+    $$|v^H a - \sigma b| \le \text{accuracy} * \sigma$$
+
+    for the weight $v$ and its vectors $a$ and $b$ of length one, with $v b = \sigma a$.
+    Then a singular value of $v$ is no further than $\text{accuracy} * \sigma$ from
+    $\sigma$, and most often far nearer.
+
+    **Arguments:**
+
+    - `model`: any PyTree, a single layer included, in training or in evaluation. Layers
+        that were made under `equinox.filter_vmap` count each. What a wrapper within another
+        is called with is its weight.
+    - `state`: the model's `equinox.nn.State`. It stays usable.
+    - `accuracy`: see above; at least 8 times the rounding error of the vectors' dtype.
+    - `max_steps`: how many steps to take at most, in tens. After ten thousand $\sigma$ is
+        too small by a thousandth at worst, where the largest singular values are many and
+        near each other.
+
+    **Returns:**
+
+    The given state with new vectors and singular values. A weight that is not finite, or
+    has none larger than the layer's `epsilon`, keeps what it had. No other part of the
+    state changes.
+
+    **Raises:**
+
+    `ValueError` if the model has no SpectralNorm, if `state` is not the model's, or if
+    `accuracy` or `max_steps` is not as described.
+
+    !!! example
+
+        ```python
+        linear = eqx.nn.Linear(3, 4, key=jax.random.key(0))
+        layer, state = eqx.nn.make_with_state(en.SpectralNorm)(
+            linear, key=jax.random.key(1)
+        )
+        layer = eqx.tree_at(lambda layer: layer.layer.weight, layer, jnp.ones((4, 3)))
+        state = en.converge_spectral_norms(layer, state)
+        ```
+    """
+    name = "converge_spectral_norms"
+    how = (
+        check_number(accuracy, layer=name, argument="accuracy"),
+        check_integer(max_steps, layer=name, argument="max_steps"),
+    )
+    if not (0 <= how[0] < 1 and how[1] > 0):
+        raise ValueError(
+            f"{name}: `accuracy` must be from 0 to 1, and `max_steps` positive, got "
+            f"{accuracy} and {max_steps}. Leave them out for the defaults."
+        )
+
+    found = []
+
+    # As `bake` does it: what is inside a wrapper has the weights that this one gives it.
+    def visit(node: Any, state: State) -> State:
+        if isinstance(node, Shared):
+            return visit(node(), state)
+        if isinstance(node, SpectralNorm):
+            found.append(node)
+            state = set_state(state, node.state_index, node._anew(state, *how))
+        if isinstance(node, AbstractWrapper):
+            return visit(node._baked(state), state)
+        for _, child in children(node):
+            state = visit(child, state)
+        return state
+
+    state = visit(model, copy_state(state))
+    if not found:
+        raise ValueError(f"{name}: there is no `eqx_norms.SpectralNorm` in this model.")
+    return state

@@ -78,6 +78,11 @@ def check_precision(values: Any, *, layer: str) -> None:
             )
 
 
+def copy_state(state: State) -> State:
+    """To be used in its place: what sets a state makes it unusable."""
+    return jax.tree.map(lambda leaf: leaf, state)
+
+
 def initial_state(index: StateIndex[T]) -> T:
     """What a layer starts with, unless `make_with_state` took it out."""
     return State(index).get(index)

@@ -10,10 +10,10 @@ from equinox.nn import State
 from jax.nn.initializers import ones
 from jaxtyping import Array, Inexact, PRNGKeyArray
 
-from ._affine import init_affine
 from ._axes import feature_shape, to_feature_order
-from ._checks import check_flag, split_key
+from ._checks import check_flag
 from ._dtypes import promote, result_dtype
+from ._layer import init_affine, split_key
 from ._standardize import compute
 from ._statistics import Inputs, Reduction, Settings, abs_square
 from ._trees import find_nodes
@@ -142,7 +142,7 @@ class WeightNorm(AbstractWrapper[Layer]):
 
     def _normalized(self, weight: Array, scale: Array | None) -> Array:
         axes, reduction = self._reduction(weight)
-        size = reduction.size(weight.shape)
+        size = max(reduction.size(weight.shape), 1)
         dtype = result_dtype(self.dtype, weight, scale, layer=type(self).__name__)
         wide = promote(weight.dtype, dtype, jnp.float32)
         length = jnp.ones((), wide) if scale is None else scale.astype(wide)

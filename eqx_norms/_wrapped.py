@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from equinox.nn import State, StatefulLayer, StateIndex
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array
@@ -103,7 +104,8 @@ class AbstractWrapper(AnswersNames, StatefulLayer, Generic[Layer]):
                 "anew; or, if `equinox.nn.Shared` ties a weight to another, call that "
                 "first."
             )
-        return tuple(leaves[path] for path in self.weights)
+        # After a checkpoint they may be NumPy's.
+        return tuple(jnp.asarray(leaves[path]) for path in self.weights)
 
     @abstractmethod
     def _evaluation(self, state: State | None) -> Iterable[Array]:
@@ -128,13 +130,11 @@ class AbstractWrapper(AnswersNames, StatefulLayer, Generic[Layer]):
         return layer(*args, **kwargs) if key is None else layer(*args, key=key, **kwargs)
 
 
-def over_stacks(
-    normalize: Callable[..., Array], weight: Array, rank: int, *args: Any
-) -> Array:
-    """Has one weight of this rank normalised, or each of those that are stacked."""
+def over_stacks(function: Callable[..., Any], weight: Array, rank: int, *args: Any) -> Any:
+    """Calls a function with one weight of this rank, or each of those that are stacked."""
     for _ in range(weight.ndim - rank):
-        normalize = jax.vmap(normalize)
-    return normalize(weight, *args)
+        function = jax.vmap(function)
+    return function(weight, *args)
 
 
 def is_stateful(layer: Any) -> bool:

@@ -311,3 +311,221 @@ def test_bad_arguments():
         ValueError, match=r"`feature_axes=\(2,\)` has axis 2, which is out of"
     ):
         en.SpectralNorm(linear, feature_axes=2, key=KEY)
+
+
+# Vectors that are not those of the weight.
+
+
+def stored(state, change):
+    return jax.tree.map(lambda a: change(a) if eqx.is_inexact_array(a) else a, state)
+
+
+@pytest.mark.parametrize("length", [1e-15, 0.5, 3.0])
+def test_stored_vectors_of_any_length(length):
+    """As an average of unit vectors has: only where they point counts."""
+    layer, x = eqx.nn.Linear(5, 4, key=KEY), normal(1, (5,))
+    norm, state = build(layer, n_steps=2)
+    state = settle(norm, state, x)
+    other = stored(state, lambda a: length * a)
+    for update in (True, False):
+        y, new = norm(x, clone(state), update_stats=update)
+        z, kept = norm(x, clone(other), update_stats=update)
+        np.testing.assert_allclose(z, y, rtol=1e-5)
+        if update:
+            assert_close(kept, new)
+    np.testing.assert_allclose(greatest(en.bake(norm, other)[0].weight), 1, rtol=1e-5)
+
+
+def assert_close(a, b, rtol=1e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol)
+
+
+def jitted(model, state, **kwargs):
+    return eqx.filter_jit(en.converge_spectral_norms)(model, state, **kwargs)
+
+
+ways = pytest.mark.parametrize(
+    "converge", [en.converge_spectral_norms, jitted], ids=["eager", "jitted"]
+)
+
+
+@ways
+@pytest.mark.parametrize("axes", [0, (2, 0)], ids=str)
+def test_converges_for_the_weights_as_they_are(converge, axes):
+    norm, state = build(eqx.nn.Conv2d(4, 6, (2, 3), key=KEY), feature_axes=axes)
+    weight = normal(7, norm.layer.weight.shape)
+    norm = eqx.tree_at(lambda n: n.layer.weight, eqx.nn.inference_mode(norm), weight)
+    before = jax.tree.map(np.array, state)
+    new = converge(norm, state)
+    assert eqx.tree_equal(jax.tree.map(np.array, state), before)
+    (stats,) = norm.spectral_stats(new)
+    rows = (0,) if axes == 0 else (0, 2)
+    others = [a for a in range(4) if a not in rows]
+    size = np.prod([weight.shape[a] for a in rows])
+    u, s, v = np.linalg.svd(
+        np.asarray(weight, np.float64).transpose(*rows, *others).reshape(size, -1)
+    )
+    np.testing.assert_allclose(stats.sigma, s[0], rtol=1e-6)
+    for found, wanted in ((stats.u, u[:, 0]), (stats.v, v[0])):
+        assert abs(np.vdot(np.ravel(found), wanted)) > 1 - 1e-6
+    # From the same draw, whatever was stored.
+    assert_close(converge(norm, stored(state, jnp.zeros_like)), new, 1e-6)
+
+
+def test_starts_anew():
+    """What is stored is a pair of singular vectors, with nothing left over, but of a
+    singular value that is not the greatest."""
+    norm, state = build(with_weight(eqx.nn.Linear(3, 3, key=KEY), np.diag([3.0, 1, 1])))
+    other = with_weight(norm.layer, np.diag([3.0, 5, 1]))
+    norm = eqx.tree_at(lambda n: n.layer, norm, other)
+    state = settle(norm, state, normal(1, (3,)), 2)
+    (stats,) = norm.spectral_stats(en.converge_spectral_norms(norm, state))
+    np.testing.assert_allclose(stats.sigma, 5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("accuracy", [1e-1, 1e-3, 1e-5])
+def test_stops_as_it_says(accuracy):
+    """With singular values so near each other that steps are many."""
+    weight = np.diag(np.linspace(0.9, 1, 50)) @ np.linalg.qr(normal(3, (50, 50)))[0]
+    norm, state = build(with_weight(eqx.nn.Linear(50, 50, key=KEY), 7 * weight))
+    weight = np.asarray(norm.layer.weight, np.float64)
+    (stats,) = norm.spectral_stats(
+        en.converge_spectral_norms(norm, state, accuracy=accuracy)
+    )
+    u, v = (np.ravel(a).astype(np.float64) for a in (stats.u, stats.v))
+    residual = np.linalg.norm(weight.T @ u - stats.sigma * v)
+    assert residual <= 1.05 * accuracy * stats.sigma
+    np.testing.assert_allclose(weight @ v, stats.sigma * u, atol=1e-5)
+    np.testing.assert_allclose(stats.sigma, greatest(weight), rtol=accuracy)
+
+
+def test_stops_at_last():
+    norm, state = build(eqx.nn.Linear(50, 50, key=KEY))
+    few, more = (
+        norm.spectral_stats(en.converge_spectral_norms(norm, state, max_steps=steps))[0]
+        for steps in (10, 20)
+    )
+    assert few.sigma < more.sigma < greatest(norm.layer.weight) * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, np.nan, np.inf])
+def test_converges_to_nothing_bad(weight):
+    norm, state = build(eqx.nn.Linear(5, 4, key=KEY))
+    bad = eqx.tree_at(lambda n: n.layer.weight, norm, jnp.full((4, 5), weight))
+    assert eqx.tree_equal(en.converge_spectral_norms(bad, state), state)
+
+
+def test_converges_in_every_dtype():
+    with float64():
+        for dtype, rtol in (
+            (jnp.bfloat16, 1e-6),
+            (jnp.complex64, 1e-6),
+            (jnp.float64, 1e-11),
+        ):
+            norm, state = build(eqx.nn.Linear(5, 4, key=KEY, dtype=dtype))
+            new = en.converge_spectral_norms(norm, state, accuracy=1e-9)
+            (stats,), (old,) = norm.spectral_stats(new), norm.spectral_stats(state)
+            dtypes = [[a.dtype for a in jax.tree.leaves(t)] for t in (stats, old)]
+            assert dtypes[0] == dtypes[1]
+            wide = np.complex128 if dtype == jnp.complex64 else np.float64
+            sigma = np.linalg.norm(np.asarray(norm.layer.weight).astype(wide), 2)
+            np.testing.assert_allclose(stats.sigma, sigma, rtol=rtol)
+
+
+def nested(layer, **kwargs):
+    return en.SpectralNorm(layer, key=KEY, **kwargs)
+
+
+def linear(seed=0):
+    return eqx.nn.Linear(3, 3, key=jax.random.key(seed))
+
+
+MODELS: dict[str, Any] = {
+    "several": lambda: [nested(linear()), {"deep": (nested(linear(1)), en.BatchNorm(3))}],
+    "two weights": lambda: nested(eqx.nn.Sequential([linear(), linear(1)])),
+    "inside weight norm": lambda: en.WeightNorm(nested(linear()), scale_init="norm"),
+    "around weight norm": lambda: nested(
+        eqx.nn.Sequential([en.WeightNorm(linear()), linear(1)]),
+        where=lambda m: m.layers[1].weight,
+    ),
+    "twice": lambda: nested(nested(linear())),
+    "a stack": lambda: eqx.filter_vmap(lambda seed: nested(linear(seed)))(jnp.arange(4)),
+    "shared layer": lambda: eqx.nn.Shared(
+        2 * [nested(linear())], lambda p: p[1], lambda p: p[0]
+    ),
+    "shared weight": lambda: eqx.nn.Shared(
+        [nested(linear()), nested(linear(1))],
+        lambda p: p[1].layer.weight,
+        lambda p: p[0].layer.weight,
+    ),
+}
+
+
+def spectral_weights(baked):
+    """Of each layer that was within a SpectralNorm alone."""
+    is_linear = lambda node: isinstance(node, eqx.nn.Linear)  # noqa: E731
+    for layer in jax.tree.leaves(baked, is_leaf=is_linear):
+        if is_linear(layer):
+            yield from layer.weight.reshape(-1, *layer.weight.shape[-2:])
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_converges_in_any_model(make):
+    model, state = eqx.nn.make_with_state(make)()
+    model = jax.tree.map(
+        lambda a: a + normal(5, a.shape) if eqx.is_inexact_array(a) else a, model
+    )
+    new = en.converge_spectral_norms(model, state)
+    untied = model() if isinstance(model, eqx.nn.Shared) else model
+    baked, _ = en.bake(untied, new)
+    skip = make is MODELS["around weight norm"]
+    weights = list(spectral_weights(baked))[skip:]
+    assert weights
+    for weight in weights:
+        np.testing.assert_allclose(greatest(weight), 1, rtol=2e-6)
+    before = [greatest(w) for w in list(spectral_weights(en.bake(untied, state)[0]))[skip:]]
+    if make is not MODELS["inside weight norm"]:
+        assert max(before) > 1.001
+    # Nothing but the vectors and singular values.
+    markers = lambda tree: tree.tree_flatten()[1]  # noqa: E731
+    assert markers(new) == markers(state)
+    shapes = lambda tree: list(map(jnp.shape, jax.tree.leaves(tree)))  # noqa: E731
+    assert shapes(new) == shapes(state)
+    if make is MODELS["several"]:
+        bn = model[1]["deep"][1]
+        assert eqx.tree_equal(bn.running_stats(new), bn.running_stats(state))
+
+
+def test_averages_of_weights():
+    """The mean of unit vectors is shorter than one, and the mean weight has others."""
+    norm, state = build(eqx.nn.Linear(5, 4, key=KEY))
+    x, all_of_them = normal(1, (5,)), []
+    for seed in range(20):
+        weight = normal(seed, (4, 5)) + 0.5
+        norm = eqx.tree_at(lambda n: n.layer.weight, norm, weight)
+        state = settle(norm, state, x, 2)
+        all_of_them.append((norm, clone(state)))
+    mean = lambda *a: sum(a) / len(a) if eqx.is_inexact_array(a[0]) else a[0]  # noqa: E731
+    norm, state = jax.tree.map(mean, *all_of_them)
+    (stats,) = norm.spectral_stats(state)
+    assert jnp.linalg.norm(stats.u) < 0.99
+    assert greatest(en.bake(norm, state)[0].weight) < 1.2
+    new = en.converge_spectral_norms(norm, state)
+    np.testing.assert_allclose(greatest(en.bake(norm, new)[0].weight), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": linear()}, "there is no `eqx_norms.SpectralNorm` in this model"),
+        ({"model": nested(linear())}, "holds nothing for this layer"),
+        ({"accuracy": -1.0}, "`accuracy` must be from 0 to 1, .* got -1.0 and 10000"),
+        ({"max_steps": 0}, "`max_steps` positive, got 1e-05 and 0"),
+    ],
+)
+def test_what_cannot_converge(arguments, message):
+    model, state = build(linear())
+    with pytest.raises(ValueError, match=message):
+        en.converge_spectral_norms(**{"model": model, "state": state, **arguments})
+    model(jnp.ones(3), state)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from equinox.nn import State
+from equinox.nn import State, StateIndex
 from jaxtyping import Array
 
 from .._batch_norm import BatchNorm
@@ -100,9 +100,10 @@ def with_init(layer: Any, value: Any) -> Any:
 def with_state(layer: Any) -> Any:
     """A layer as its maker returns it: `(layer, state)` if it has one. If it was in a model
     the state is a part of that model's: `model_state.update(state)`."""
-    if not hasattr(layer, "state_index"):
+    own = [value for value in vars(layer).values() if isinstance(value, StateIndex)]
+    if not own:
         return layer
-    if isinstance(layer.state_index.marker, str):
+    if isinstance(own[0].marker, str):
         # The name that `make_with_state` gave it there. Again, it would give another.
         return eqx.nn.delete_init_state(layer), State(layer)
     return eqx.nn.make_with_state(lambda: layer)()

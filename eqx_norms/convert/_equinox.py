@@ -1,13 +1,11 @@
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from equinox.nn import Shared, State, StateIndex
-from jax.tree_util import GetAttrKey
+from equinox.nn import State
 from jaxtyping import Array
 
 from .._batch_norm import BatchNorm
@@ -17,29 +15,12 @@ from .._layer import AbstractNorm
 from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
 from .._spectral_norm import SpectralNorm, SpectralStats
-from .._state import get_state, initial_state, markers, remaining, with_entries
-from .._trees import (
-    KeyPath,
-    Left,
-    base,
-    calls_as,
-    find_nodes,
-    kind,
-    list_left,
-    map_children,
-    map_nodes,
-    type_name,
-)
+from .._trees import KeyPath, base, type_name
 from .._types import AxisName
 from .._weight_norm import WeightNorm
 from .._wrapped import AbstractWrapper
-from ._common import (
-    as_num_features,
-    running_stats,
-    with_init,
-    with_parameters,
-    with_state,
-)
+from ._common import as_num_features, running_stats, with_parameters, with_state
+from ._conversion import Builders, Conversion, Rules, parameters
 
 
 def from_equinox(
@@ -94,13 +75,13 @@ def from_equinox(
 
     For norms within a wrapped layer, as [`eqx_norms.replace_norms`][].
     """
-    if not _is_norm(layer):
+    conversion = _FromEquinox(state, {}, axis_name)
+    if not conversion.is_norm(layer):
         raise ValueError(
             f"from_equinox: no counterpart for {type_name(layer)}. There is one for "
             f"{', '.join(_BUILDERS)} of `equinox.nn`, and their subclasses without a "
             "`__call__` of their own. `replace_norms` takes whole models."
         )
-    conversion = _Conversion(state, axis_name, {})
     new = conversion.build(layer, ())
     conversion.warn("from_equinox")
     return with_state(new)
@@ -142,22 +123,31 @@ def replace_norms(
     !!! example
 
         ```python
-        class ChannelNorm(eqx.Module):
+        class LlamaNorm(eqx.Module):
             weight: jax.Array
 
             def __call__(self, x):
-                y = (x - jnp.mean(x, 0)) / jnp.sqrt(jnp.var(x, 0) + 1e-6)
-                return self.weight[:, None] * y
+                y = x.astype(jnp.float32)
+                y = y * jax.lax.rsqrt(jnp.mean(y**2, -1, keepdims=True) + 1e-6)
+                return self.weight * y.astype(x.dtype)
+
+        class ScaledLast(eqx.Module):
+            norm: en.RMSNorm
+            weight: jax.Array
+
+            def __call__(self, x):
+                return self.weight * self.norm(x)
 
         def renew(layer):
-            new = en.LayerNorm(
-                layer.weight.size, reduction_axes=0, feature_axes=0, use_bias=False
-            )
-            return eqx.tree_at(lambda new: new.scale, new, layer.weight)
+            norm = en.RMSNorm(layer.weight.size, use_scale=False, dtype="input")
+            return ScaledLast(norm, layer.weight)
 
-        model = [eqx.nn.LayerNorm(4), ChannelNorm(jnp.ones(3))]
-        model = en.replace_norms(model, rules={ChannelNorm: renew})
+        model = [eqx.nn.LayerNorm(4), LlamaNorm(jnp.ones(4))]
+        model = en.replace_norms(model, rules={LlamaNorm: renew})
         ```
+
+    A rule for a layer with a state gets that by the way: `rules={MyNorm: lambda layer:
+    renew(layer, state)}` reads `state.get(layer.index)`.
 
     A layer that cannot be converted is left and listed too: a `GroupNorm` that does not
     say how many channels it has; one whose weight is tied to another by
@@ -206,147 +196,44 @@ def replace_norms(
 
     Once, with path, class and reason, for all norms that were left.
     """
-    conversion = _Conversion(state, axis_name, _check_rules(rules))
-    new = conversion(model, ())
-    if not conversion.replaced:
-        raise ValueError(
-            "replace_norms: there is no norm to replace in this model. Those of "
-            f"`equinox.nn` are: {', '.join(_BUILDERS)}." + conversion.report()
-        )
-    conversion.warn("replace_norms")
-    return new if state is None else conversion.with_state(new, state)
+    conversion = _FromEquinox(state, _check_rules(rules), axis_name)
+    return conversion.finish(conversion(model, ()), "replace_norms")
 
 
-class _MissingState(ValueError):
-    """The fault of the call, not of the layer."""
+class _FromEquinox(Conversion):
+    package = "equinox.nn"
+    needs_state = (
+        "A norm of `equinox.nn` has a state, and `equinox.nn.make_with_state` took it out "
+        "of the layer. Give it too: `from_equinox(layer, state)`, `replace_norms(model, "
+        "state)`."
+    )
+    remedy = (
+        "\n`replace_norms(..., rules={Class: function})` takes each layer of a class to "
+        "what the function makes of it."
+    )
 
-
-class _Conversion:
-    """What a conversion goes by, and what it has done so far."""
-
-    def __init__(
-        self,
-        state: State | None,
-        axis_name: AxisName,
-        rules: Mapping[type, Callable[[Any], Any]],
-    ):
-        self.state = state
+    def __init__(self, state: State | None, rules: Rules, axis_name: AxisName):
+        super().__init__(_BUILDERS, state, rules)
         self.axis_name = axis_name
-        self.rules = rules
-        self.replaced: list[tuple[KeyPath, Any]] = []
-        self.left: list[Left] = []
-        # How many norms there were so far, whatever became of them.
-        self.met = 0
-        # By marker, what new layers keep in the place of old ones.
-        self.values: dict[Any, Any] = {}
 
-    def __call__(self, node: Any, path: KeyPath) -> Any:
-        """A node with all norms in it replaced."""
-        met, done = self.met, len(self.replaced)
-        rule = self._rule(node)
-        if rule is not None:
-            self.met += 1
-            new = _apply(rule, node, path)
-            if new is not node:
-                self.replaced.append((path, node))
-            return new
-        if _is_norm(node):
-            self.met += 1
-            left = len(self.left)
-            try:
-                new = self.build(node, path)
-            except _MissingState:
-                raise
-            except ValueError as error:
-                # What is in it is tried once more, by itself.
-                del self.replaced[done:], self.left[left:]
-                self.left.append(Left(path, node, str(error)))
-            else:
-                self.replaced.append((path, node))
-                return new
-        new = map_children(self, node, path)
-        if not _is_whole(new):
-            why = (
-                f"{type_name(node)} around it refers to fields by names that would change. "
-                "Convert the layer first, and put that around it then"
-            )
-            self.left += [Left(*each, why) for each in self.replaced[done:]]
-            del self.replaced[done:]
-            new = node
-        why = _resemblance(node, self.met > met)
-        if why is not None:
-            self.met += 1
-            self.left.append(Left(path, node, why))
-        self.met += isinstance(node, (AbstractNorm, AbstractWrapper))
-        return new
-
-    def build(self, layer: Any, path: KeyPath) -> Any:
-        name = kind(layer, "equinox.nn", _BUILDERS, "__call__")
-        assert name is not None
-        return _BUILDERS[name](layer, path, self)
-
-    def read(self, index: StateIndex) -> Any:
-        try:
-            if self.state is not None:
-                return get_state(self.state, index, layer="equinox.nn")
-            return initial_state(index)
-        except ValueError as error:
-            if self.state is not None:
-                raise _MissingState(str(error)) from None
-            raise _MissingState(
-                "A norm of `equinox.nn` has a state, and `equinox.nn.make_with_state` took "
-                "it out of the layer. Give it too: `from_equinox(layer, state)`, "
-                "`replace_norms(model, state)`."
-            ) from None
-
-    def keep_state(self, new: Any, index: StateIndex, value: Any) -> Any:
-        """Gives a new layer its state under the marker of an old one, so that layers that
-        shared the old state share the new one."""
-        self.values[index.marker] = value
-        new = eqx.tree_at(lambda layer: layer.state_index, new, index)
-        return with_init(new, value)
-
-    def with_state(self, new: Any, state: State) -> tuple[Any, State]:
-        """A model without initial states, and a state without those of old layers."""
-        old = [layer for _, layer in self.replaced]
-        entries = remaining(state, old, new)
-        for marker in markers(old) & entries.keys() & self.values.keys():
-            entries[marker] = self.values[marker]
-        for path, index in find_nodes(new, StateIndex).items():
-            if index.marker not in entries:
-                try:
-                    entries[index.marker] = initial_state(index)
-                except ValueError:
-                    raise ValueError(
-                        f"replace_norms: there is no state for model{path}. A rule must "
-                        "return a layer with its state, `(layer, state)`."
-                    ) from None
-        return eqx.nn.delete_init_state(new), with_entries(entries)
-
-    def report(self) -> str:
-        if not self.left:
-            return ""
-        return (
-            " Left as they are:"
-            + list_left(self.left)
-            + "\n`replace_norms(..., rules={Class: function})` takes each layer of a class "
-            "to what the function makes of it."
-        )
-
-    def warn(self, source: str) -> None:
-        if self.left:
-            warnings.warn(
-                f"{source}: not every norm was replaced." + self.report(), stacklevel=3
-            )
-
-    def _rule(self, node: Any) -> Callable[[Any], Any] | None:
-        for cls in type(node).__mro__:
-            if cls in self.rules and calls_as(node, cls):
-                return self.rules[cls]
+    def resemblance(self, node: Any, around: bool) -> str | None:
+        if not isinstance(node, eqx.Module) or not callable(node) or self.is_norm(node):
+            return None
+        if isinstance(node, (AbstractNorm, AbstractWrapper)):
+            return None
+        cls = base(node, self.package, self.builders)
+        if cls is not None:
+            return f"a subclass of `equinox.nn.{cls.__name__}` with a `__call__` of its own"
+        if not around and _NAME.search(type(node).__name__):
+            return "a class that is not of `equinox.nn`"
         return None
 
 
-def _check_rules(rules: Any) -> Mapping[type, Callable[[Any], Any]]:
+# No normal distribution, and no normalizing flow.
+_NAME = re.compile("([Nn]orm|NORM)(?!al(?!i[sz](e|ation)))")
+
+
+def _check_rules(rules: Any) -> Rules:
     rules = {} if rules is None else rules
     if not isinstance(rules, Mapping) or not all(
         isinstance(cls, type) and callable(function) for cls, function in rules.items()
@@ -358,80 +245,7 @@ def _check_rules(rules: Any) -> Mapping[type, Callable[[Any], Any]]:
     return rules
 
 
-def _apply(rule: Callable[[Any], Any], layer: Any, path: KeyPath) -> Any:
-    """What a rule makes of a layer, with its state, if it has one, in it."""
-    try:
-        new = rule(layer)
-    except Exception as error:
-        where = list_left([Left(path, layer, "the rule for it raised this.")])
-        error.add_note(f"replace_norms:{where}")
-        raise
-    if new is None:
-        where = list_left([Left(path, layer, "the rule for it returned `None`.")])
-        raise ValueError(
-            f"replace_norms: a rule must return a layer, or the one it was given:{where}"
-        )
-    match new:
-        case (made, State() as own):
-            # Markers of their own: `make_with_state` gives each layer made alike the same.
-            indices: dict[Any, StateIndex] = {}
-            return map_nodes(
-                lambda index: indices.setdefault(index.marker, StateIndex(own.get(index))),
-                made,
-                StateIndex,
-            )
-    return new
-
-
-def _is_norm(node: Any) -> bool:
-    return kind(node, "equinox.nn", _BUILDERS, "__call__") is not None
-
-
-def _resemblance(node: Any, around: bool) -> str | None:
-    """Why something looks like a norm that no builder is for, if it does; `around` norms,
-    its name may be because of these."""
-    if not isinstance(node, eqx.Module) or not callable(node) or _is_norm(node):
-        return None
-    if isinstance(node, (AbstractNorm, AbstractWrapper)):
-        return None
-    cls = base(node, "equinox.nn", _BUILDERS)
-    if cls is not None:
-        return f"a subclass of `equinox.nn.{cls.__name__}` with a `__call__` of its own"
-    if not around and _NAME.search(type(node).__name__):
-        return "a class that is not of `equinox.nn`"
-    return None
-
-
-# No normal distribution, and no normalizing flow.
-_NAME = re.compile("([Nn]orm|NORM)(?!al(?!i[sz](e|ation)))")
-
-
-def _is_whole(node: Any) -> bool:
-    """Whether what goes by the names of fields within it still finds them."""
-    try:
-        if isinstance(node, Shared):
-            eqx.filter_eval_shape(node)
-        elif isinstance(node, AbstractWrapper):
-            node._weights()
-        elif isinstance(node, (eqx.nn.WeightNorm, eqx.nn.SpectralNorm)):
-            getattr(node.layer, node.weight_name)
-    except Exception:  # A function of the user's is among what is called.
-        return False
-    return True
-
-
-def _parameters(layer: Any) -> tuple[Array | None, Array | None]:
-    for parameter in (layer.weight, layer.bias):
-        if not (parameter is None or hasattr(parameter, "dtype")):
-            raise ValueError(
-                f"{type_name(layer)}: weight and bias must be arrays, found "
-                f"{parameter!r}. If `equinox.nn.Shared` ties it to another one, convert "
-                "the layers before they are tied."
-            )
-    return layer.weight, layer.bias
-
-
-def _layer_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> LayerNorm | RMSNorm:
+def _layer_norm(layer: Any, path: KeyPath, conversion: _FromEquinox) -> LayerNorm | RMSNorm:
     make = RMSNorm if isinstance(layer, eqx.nn.RMSNorm) else LayerNorm
     axes = tuple(range(-len(layer.shape), 0))
     new = make(
@@ -441,10 +255,10 @@ def _layer_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> LayerNorm
         reduction_axes=axes,
         feature_axes=axes,
     )
-    return with_parameters(new, *_parameters(layer))
+    return with_parameters(new, *parameters(layer, "weight", "bias"))
 
 
-def _group_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> GroupNorm:
+def _group_norm(layer: Any, path: KeyPath, conversion: _FromEquinox) -> GroupNorm:
     if layer.channels is None:
         raise ValueError(
             "A GroupNorm of `equinox.nn` with `channels=None` does not say how many "
@@ -459,10 +273,10 @@ def _group_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> GroupNorm
         feature_axis=0,
         batch_axes=(),
     )
-    return with_parameters(new, *_parameters(layer))
+    return with_parameters(new, *parameters(layer, "weight", "bias"))
 
 
-def _batch_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> BatchNorm:
+def _batch_norm(layer: Any, path: KeyPath, conversion: _FromEquinox) -> BatchNorm:
     axis_name = conversion.axis_name
     new = BatchNorm(
         layer.input_size,
@@ -486,8 +300,9 @@ def _batch_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> BatchNorm
         with jax.numpy_dtype_promotion("standard"):
             seen = jnp.where(count == 0, 1, 1 - layer.momentum**count)[..., None]
             mean, var = mean / seen, var / seen
-    new = with_parameters(new, *_parameters(layer))
-    return conversion.keep_state(new, index, running_stats(mean, var, count))
+    new = with_parameters(new, *parameters(layer, "weight", "bias"))
+    index = conversion.keep_state(index, running_stats(mean, var, count))
+    return eqx.tree_at(lambda layer: layer.state_index, new, index)
 
 
 def _weight_of(layer: Any, size: int, axis: int | None) -> Array:
@@ -502,22 +317,10 @@ def _weight_of(layer: Any, size: int, axis: int | None) -> Array:
     return weight
 
 
-def _inner(layer: Any, path: KeyPath, conversion: _Conversion) -> Any:
-    """The layer that a wrapper wraps, with all norms in it replaced."""
-    new = conversion(layer.layer, (*path, GetAttrKey("layer")))
-    if not hasattr(new, layer.weight_name):
-        raise ValueError(
-            f"{type_name(layer)}: the weight that it normalises is that of a "
-            f"{type_name(layer.layer)}, which has none of that name once it is converted. "
-            "Convert that one alone, and wrap it anew."
-        )
-    return new
-
-
-def _weight_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> WeightNorm:
+def _weight_norm(layer: Any, path: KeyPath, conversion: _FromEquinox) -> WeightNorm:
     _weight_of(layer, layer.g.size, layer.axis)
     new = WeightNorm(
-        _inner(layer, path, conversion),
+        conversion.inner(layer, layer.weight_name, path),
         feature_axes=layer.axis,
         epsilon=0.0,
         where=lambda wrapped: getattr(wrapped, layer.weight_name),
@@ -526,7 +329,7 @@ def _weight_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> WeightNo
     return eqx.tree_at(lambda layer: layer.scales, new, (layer.g.reshape(shape),))
 
 
-def _spectral_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> SpectralNorm:
+def _spectral_norm(layer: Any, path: KeyPath, conversion: _FromEquinox) -> SpectralNorm:
     u, v = conversion.read(layer.uv_index)
     weight = _weight_of(layer, u.size, 0)
     if jnp.iscomplexobj(weight):
@@ -536,7 +339,7 @@ def _spectral_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> Spectr
         )
     dtype = promote(weight.dtype, u.dtype)
     new = SpectralNorm(
-        _inner(layer, path, conversion),
+        conversion.inner(layer, layer.weight_name, path),
         n_steps=layer.num_power_iterations,
         epsilon=layer.eps,
         dtype=None if dtype == weight.dtype else dtype,
@@ -549,10 +352,11 @@ def _spectral_norm(layer: Any, path: KeyPath, conversion: _Conversion) -> Spectr
     u = u.reshape(-1, *(1 for _ in weight.shape[1:]))
     v = v.reshape(1, *weight.shape[1:])
     sigma = jnp.sum(u * weight.astype(wide) * v)
-    return conversion.keep_state(new, layer.uv_index, (SpectralStats(u, v, sigma),))
+    index = conversion.keep_state(layer.uv_index, (SpectralStats(u, v, sigma),))
+    return eqx.tree_at(lambda layer: layer.state_index, new, index)
 
 
-_BUILDERS: dict[str, Callable[[Any, KeyPath, _Conversion], Any]] = {
+_BUILDERS: Builders = {
     "BatchNorm": _batch_norm,
     "GroupNorm": _group_norm,
     "LayerNorm": _layer_norm,

@@ -4,9 +4,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from equinox.nn import State
-from jaxtyping import Array
 
-from .._batch_norm import BatchNorm, freeze
+from .._batch_norm import BatchNorm
+from .._freeze import freeze
 from .._group_norm import GroupNorm
 from .._instance_norm import InstanceNorm
 from .._layer import AbstractNorm
@@ -14,11 +14,11 @@ from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
 from .._trees import kind, type_name
 from .._types import AxisName
+from .._wrapped import AbstractWrapper
 from ._common import (
     as_num_features,
     axes_order,
     check_entries,
-    check_scale_offset,
     contents,
     feature_axes,
     feature_shape,
@@ -27,6 +27,7 @@ from ._common import (
     with_parameters,
     with_state,
 )
+from ._torch_weights import PLAIN, fill_weights, normalizer, to_array, wrapper
 
 
 # What an entry of a state dict is called here.
@@ -46,8 +47,8 @@ def from_torch(
     batched: bool = True,
     axis_name: AxisName = None,
 ) -> Any:
-    """Carries a norm of `torch.nn` over, with its settings, its weights and its statistics,
-    or a `state_dict` alone.
+    """Carries a norm of PyTorch over, with its settings, its weights and its statistics, or
+    a `state_dict` alone.
 
     PyTorch's `momentum` weights the new statistics, here it weights the old ones: 0.1
     becomes 0.9. The running variance is unbiased, as there.
@@ -57,6 +58,15 @@ def from_torch(
         `batch_axes=()`, so that is what it becomes.
     - `InstanceNorm` with `track_running_stats=True` is in evaluation a BatchNorm: it
         becomes one, with [`eqx_norms.freeze`][]. Its training has no counterpart.
+    - A module without parameters whose buffers are weight, bias, running mean and variance,
+        like torchvision's `FrozenBatchNorm2d`, becomes one too. If it has no `eps`, it is
+        taken for 1e-5.
+    - A layer with `weight_norm` or `spectral_norm`, as hooks or parametrizations, becomes
+        one of `equinox.nn` in a [`eqx_norms.WeightNorm`][] or [`eqx_norms.SpectralNorm`][],
+        for one example. Equinox's kernel of a transposed convolution is flipped, with the
+        outputs first. Parametrizations find $u$ first in training, here $v$ is.
+    - The scale of a state dict is taken as it is, with a `scale_offset` of `like` too: so
+        Gemma has it, which stores what is to be added to one.
 
     !!! example
 
@@ -80,10 +90,11 @@ def from_torch(
     **Arguments:**
 
     - `source`: a `BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d`, `SyncBatchNorm`, `GroupNorm`,
-        `InstanceNorm1d`, `InstanceNorm2d`, `InstanceNorm3d`, `LayerNorm` or `RMSNorm`; or
-        the `state_dict` of one, of tensors or NumPy arrays.
-    - `like`: for a `state_dict`, a layer of eqx_norms with the settings that are wanted.
-        The values are cast to its dtypes.
+        `InstanceNorm1d`, `InstanceNorm2d`, `InstanceNorm3d`, `LayerNorm` or `RMSNorm`; a
+        `Linear`, `Conv` or `ConvTranspose` with `weight_norm` or `spectral_norm`; or the
+        `state_dict` of one, of tensors or NumPy arrays.
+    - `like`: for a `state_dict`, a layer of eqx_norms with the settings that are wanted,
+        `en.WeightNorm(eqx.nn.Linear(...))` for example. The values are cast to its dtypes.
     - `batched`: whether the result is for batches, with the features along axis 1, or for
         one example inside `jax.vmap`, with the features along axis 0. (The axes of
         `LayerNorm` and `RMSNorm` are the last ones either way.) For a `state_dict`, `like`
@@ -94,7 +105,7 @@ def from_torch(
 
     **Returns:**
 
-    The layer; `(layer, state)` where it is a `BatchNorm`.
+    The layer; `(layer, state)` where it is a `BatchNorm` or `SpectralNorm`.
 
     **Raises:**
 
@@ -120,16 +131,24 @@ def from_torch(
             "Give it alone, or its `state_dict()`."
         )
     name = kind(source, "torch.nn", _BUILDERS, "forward")
-    if name is None:
+    how, frozen = normalizer(source), _is_frozen(source)
+    if how is None and not frozen and name is None:
         raise ValueError(
             f"from_torch: no counterpart for {type_name(source)}. There is one for "
             f"{', '.join(_BUILDERS)} of `torch.nn`, for their subclasses without a "
-            "`forward` of their own, and for a state dict of one."
+            f"`forward` of their own, for {', '.join(PLAIN)} with `weight_norm` or "
+            "`spectral_norm`, for frozen batch norms, and for a state dict of one."
         )
     if axis_name is None and not batched:
         axis_name = "batch"
-    layer = _BUILDERS[name](source, batched, axis_name)
-    arrays = {entry: _array(value) for entry, value in source.state_dict().items()}
+    arrays = {entry: to_array(value) for entry, value in source.state_dict().items()}
+    if how is not None:
+        return fill_weights(wrapper(source, how), arrays)
+    if frozen:
+        layer = _frozen(source, batched, axis_name)
+        arrays["num_batches_tracked"] = jnp.ones((), jnp.int32)
+    else:
+        layer = _BUILDERS[str(name)](source, batched, axis_name)
     # Says which parameters there are, and their dtypes.
     layer = with_parameters(layer, arrays.get("weight"), arrays.get("bias"))
     return _fill(layer, arrays)
@@ -183,8 +202,8 @@ def to_torch_state_dict(layer: Any, state: State | None = None) -> dict[str, Any
         arrays["count"] = jnp.max(arrays["count"])
 
     def tensor(array):
-        # A copy, by way of a dtype that NumPy knows.
-        wide = array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array
+        # A copy, by way of a dtype that is NumPy's own.
+        wide = array if array.dtype.isbuiltin == 1 else array.astype(jnp.float32)
         dtype = (
             torch.int64 if array.dtype == jnp.int32 else getattr(torch, str(array.dtype))
         )
@@ -193,31 +212,15 @@ def to_torch_state_dict(layer: Any, state: State | None = None) -> dict[str, Any
     return {entry: tensor(arrays[name]) for entry, name in _NAMES.items() if name in arrays}
 
 
-def _array(value: Any) -> Array:
-    """A copy of a tensor, or of anything that NumPy takes."""
-    if hasattr(value, "detach"):
-        if value.is_meta:
-            raise ValueError(
-                "from_torch: needs the values of all tensors, got one on the meta device, "
-                "which has none. Load the weights first: `module.to_empty(device='cpu')`, "
-                "then `module.load_state_dict(...)`."
-            )
-        value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":
-            # Which NumPy does not have.
-            return jnp.array(value.float().numpy()).astype(jnp.bfloat16)
-        value = value.numpy()
-    return jnp.array(value)
-
-
 def _fill(like: Any, entries: Mapping[str, Any]) -> Any:
     """A layer like another one, with what is in a state dict."""
+    if isinstance(like, AbstractWrapper):
+        return fill_weights(like, entries)
     if not isinstance(like, AbstractNorm):
         raise ValueError(
             f"from_torch: `like` must be a layer of eqx_norms, got {type_name(like)}."
         )
     source = f"from_torch({type(like).__name__})"
-    check_scale_offset(like, source)
     shape = feature_shape(like, source)
     expected = {"weight": like.scale, "bias": like.bias}
     shapes = {name: shape for name, value in expected.items() if value is not None}
@@ -234,17 +237,37 @@ def _fill(like: Any, entries: Mapping[str, Any]) -> Any:
         old = expected[name]
         if old is None:
             return None
-        return jnp.transpose(_array(entries[name]), order).astype(old.dtype)
+        return jnp.transpose(to_array(entries[name]), order).astype(old.dtype)
 
     layer = with_parameters(like, parameter("weight"), parameter("bias"))
     if isinstance(like, BatchNorm):
         mean, var = (
-            jnp.transpose(_array(entries[name]), order)
+            jnp.transpose(to_array(entries[name]), order)
             for name in ("running_mean", "running_var")
         )
-        count = _array(entries["num_batches_tracked"])
+        count = to_array(entries["num_batches_tracked"])
         layer = with_init(layer, running_stats(mean, var, count))
     return with_state(layer)
+
+
+def _is_frozen(source: Any) -> bool:
+    """Whether a module is a batch norm that is not trained, by what it holds."""
+    buffers = dict(getattr(source, "named_buffers", dict)())
+    return not any(True for _ in getattr(source, "parameters", tuple)()) and (
+        buffers.keys() - {"num_batches_tracked"} == _NAMES.keys() - {"num_batches_tracked"}
+    )
+
+
+def _frozen(source: Any, batched: bool, axis_name: AxisName) -> BatchNorm:
+    return freeze(
+        BatchNorm(
+            source.running_mean.numel(),
+            axis=1 if batched else 0,
+            epsilon=getattr(source, "eps", 1e-5),
+            axis_name=axis_name,
+            use_unbiased_variance=True,
+        )
+    )
 
 
 def _batch_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:

@@ -1,3 +1,6 @@
+"""A trained model made ready for evaluation by others: with plain layers where there can
+be, and without what only training needs."""
+
 import copy
 import warnings
 from collections.abc import Iterator
@@ -7,17 +10,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from equinox.nn import Identity, Sequential, Shared, State
-from jax.tree_util import GetAttrKey, SequenceKey
+from jax.tree_util import GetAttrKey, SequenceKey, keystr
 
-from ._batch_norm import BatchNorm, find_batch_norms
+from ._batch_norm import BatchNorm
 from ._checks import as_tuple
 from ._dtypes import cast, promote
+from ._freeze import find_batch_norms
 from ._state import get_state, remaining, with_entries
 from ._trees import (
     KeyPath,
     Left,
     calls_as,
     children,
+    find_nodes,
     kind,
     list_left,
     map_children,
@@ -31,6 +36,73 @@ Model = TypeVar("Model")
 
 _LINEAR = ("Linear", "Conv", "ConvTranspose")
 _WRAPPERS = (AbstractWrapper, eqx.nn.WeightNorm, eqx.nn.SpectralNorm)
+
+
+def bake(model: Any, state: State | None = None) -> Any:
+    """Puts plain layers with normalised weights in the place of every
+    [`eqx_norms.WeightNorm`][] and [`eqx_norms.SpectralNorm`][] in a model: to deploy it, to
+    export it, to hand it to someone without this library.
+
+    They compute what these layers do in evaluation, with weights of the same dtype. One
+    inside another is done for both, and layers that were made under `equinox.filter_vmap`
+    for each. Where a SpectralNorm was called as `layer(x, state)`, the plain layer takes
+    `x` alone; `equinox.nn.Sequential` knows.
+
+    !!! example
+
+        ```python
+        def make(key):
+            linear = eqx.nn.Linear(3, 4, key=key)
+            return eqx.nn.Sequential([en.SpectralNorm(linear, key=key), en.BatchNorm(4)])
+
+        model, state = eqx.nn.make_with_state(make)(jax.random.key(0))
+        model, state = en.bake(model, state)
+        assert type(model[0]) is eqx.nn.Linear
+        ```
+
+    **Arguments:**
+
+    - `model`: any PyTree, a single layer included.
+    - `state`: the `equinox.nn.State` that belongs to it. Needed for a SpectralNorm, unless
+        `equinox.nn.make_with_state` has not seen it: then its initial state counts.
+
+    **Returns:**
+
+    The model, or with a state `(model, state)`: a state without what the SpectralNorms had
+    in it. What was given stays as it was.
+
+    **Raises:**
+
+    `ValueError` if there is no such layer; for a state that is missing, or is another
+    model's; if `equinox.nn.Shared` ties a weight within such a layer to another one.
+    """
+    wrappers = find_nodes(model, AbstractWrapper)
+    if not wrappers:
+        raise ValueError(
+            "bake: there is no `eqx_norms.WeightNorm` or `SpectralNorm` in this model. "
+            "Those of `equinox.nn` become such by `eqx_norms.replace_norms`."
+        )
+
+    def visit(node: Any, path: KeyPath) -> Any:
+        if isinstance(node, AbstractWrapper):
+            return visit(node._baked(state), path)
+        if not isinstance(node, Shared):
+            return map_children(visit, node, path)
+        try:
+            new = map_children(visit, node, path)
+            eqx.filter_eval_shape(new)
+        except Exception as error:  # The functions that say what it ties are the user's.
+            raise ValueError(
+                f"bake: the `equinox.nn.Shared` at model{keystr(path)} ties what is in a "
+                "`WeightNorm` or `SpectralNorm`, which is there no longer. Bake what it "
+                f"ties in its place, `bake(shared())`: {error}"
+            ) from error
+        return new
+
+    new = visit(model, ())
+    if state is None:
+        return new
+    return new, with_entries(remaining(state, wrappers, new))
 
 
 def fold_batch_norm(layer: Layer, bn: Any, state: State) -> Layer:

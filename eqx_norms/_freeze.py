@@ -1,0 +1,55 @@
+"""The `BatchNorm`s of a model: found, frozen and thawed."""
+
+from typing import Any, TypeVar
+
+import equinox as eqx
+
+from ._batch_norm import BatchNorm
+from ._trees import find_nodes, map_nodes
+
+
+Model = TypeVar("Model")
+
+
+def freeze(model: Model) -> Model:
+    """Has every [`eqx_norms.BatchNorm`][] in a model normalise with its running statistics
+    and leave them alone, whatever `equinox.nn.inference_mode` or the call says.
+
+    **Arguments:**
+
+    - `model`: any PyTree, a single layer included.
+
+    **Returns:**
+
+    The model, with the field `frozen` of each of these layers `True`.
+
+    **Raises:**
+
+    `ValueError` if there is none.
+    """
+    return _set_frozen(model, True, "freeze")
+
+
+def unfreeze(model: Model) -> Model:
+    """The opposite of [`eqx_norms.freeze`][]."""
+    return _set_frozen(model, False, "unfreeze")
+
+
+def _set_frozen(model: Model, frozen: bool, source: str) -> Model:
+    find_batch_norms(model, source)
+    return map_nodes(
+        lambda layer: eqx.tree_at(lambda layer: layer.frozen, layer, frozen),
+        model,
+        BatchNorm,
+    )
+
+
+def find_batch_norms(model: Any, source: str) -> dict[str, BatchNorm]:
+    """Every `BatchNorm` in a model, which must have one, by path."""
+    layers = find_nodes(model, BatchNorm)
+    if not layers:
+        raise ValueError(
+            f"{source}: there is no `eqx_norms.BatchNorm` in this model. Those of "
+            "`equinox.nn` become such by `eqx_norms.replace_norms`."
+        )
+    return layers
