@@ -8,9 +8,16 @@ from jax.nn.initializers import ones, zeros
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
 from ._axes import other_axes
-from ._checks import check_axes, check_flag, check_momentum
 from ._layer import AbstractNorm
-from ._running import PooledStats, RunningStats, Step, get_stats, init_stats, update
+from ._running import (
+    PooledStats,
+    RunningStats,
+    Step,
+    get_stats,
+    init_stats,
+    update,
+    warn_if_new,
+)
 from ._standardize import compute
 from ._state import check_precision, get_state, needs_state, set_state
 from ._statistics import Reduction, Statistics
@@ -134,7 +141,8 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap`
             or `jax.shard_map` that the statistics are taken over too. Without it each
             example of a `vmap` has statistics of its own, and JAX refuses `out_axes=None`
-            for the state, "output was batched".
+            for the state: "output was batched", or, where the axis has a name, "vmap has
+            mapped output (axis_name=batch) but out_axes is None".
         - `axis_index_groups`: lists of indices along the axis `axis_name`, which must be
             one name. The lists have one length, and each index is in exactly one of them.
             Each list is a group, and is normalised with statistics of its own. The running
@@ -152,9 +160,9 @@ class BatchNorm(AbstractNorm, StatefulLayer):
 
         `ValueError` where one of these is not as described.
         """
-        name = type(self).__name__
-        self.axis = check_axes(axis, layer=name, argument="axis")
-        self.momentum = check_momentum(momentum, layer=name)
+        check = self._check
+        self.axis = check.axes(axis, "axis")
+        self.momentum = check.momentum(momentum)
         shape = self._set_common(
             num_features,
             self.axis,
@@ -172,14 +180,12 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             key=key,
         )
         self.state_index = init_stats(shape, param_dtype)
-        self.inference = check_flag(
-            use_running_average, layer=name, argument="use_running_average"
-        )
+        self.inference = check.flag(use_running_average, "use_running_average")
         self.frozen = False
-        self.use_unbiased_variance = check_flag(
-            use_unbiased_variance, layer=name, argument="use_unbiased_variance"
+        self.use_unbiased_variance = check.flag(
+            use_unbiased_variance, "use_unbiased_variance"
         )
-        self.debias = check_flag(debias, layer=name, argument="debias")
+        self.debias = check.flag(debias, "debias")
 
     @needs_state
     @jax.named_scope("eqx_norms.BatchNorm")
@@ -219,9 +225,9 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         narrower than float32. In training, `NameError` if `axis_name` is bound nowhere.
         """
         del key
-        name = type(self).__name__
+        check = self._check
         running = get_stats(
-            state, self.state_index, self._features(), self.axis, layer=name
+            state, self.state_index, self._features(), self.axis, check=check
         )
         evaluates = self._evaluates(use_running_average)
         settings, inputs = self._prepare(
@@ -235,12 +241,13 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             may_be_alone=mask is not None or isinstance(running, PooledStats),
         )
         if evaluates:
+            warn_if_new(running, check=check)
             return compute(settings, inputs)[0], state
 
-        check_precision(running, layer=name)
+        check_precision(running, check=check)
         if jnp.iscomplexobj(inputs.x) and not jnp.iscomplexobj(running.mean):
-            raise ValueError(
-                f"{name}: the running mean, of dtype {running.mean.dtype}, cannot hold "
+            raise check.error(
+                f"the running mean, of dtype {running.mean.dtype}, cannot hold "
                 f"that of complex input of dtype {inputs.x.dtype}. Give the layer a "
                 "complex `param_dtype`."
             )
@@ -257,16 +264,16 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         return y, set_state(state, self.state_index, running)
 
     def _evaluates(self, use_running_average: bool | None) -> bool:
-        name = type(self).__name__
+        check = self._check
         argument, flag = "use_running_average", use_running_average
         if flag is None:
             argument, flag = "inference", self.inference
-        frozen = check_flag(self.frozen, layer=name, argument="frozen")
-        return frozen or check_flag(flag, layer=name, argument=argument)
+        frozen = check.flag(self.frozen, "frozen")
+        return frozen or check.flag(flag, argument)
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
         return Reduction(other_axes(feature_axes, len(shape)), example_axis=0)
 
     def running_stats(self, state: State) -> RunningStats:
         """The running statistics that `state` holds for this layer."""
-        return get_state(state, self.state_index, layer=type(self).__name__)
+        return get_state(state, self.state_index, check=self._check)

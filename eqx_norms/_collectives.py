@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Hashable
-from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -13,13 +12,10 @@ from jax import lax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from ._checks import Check
 from ._sharding import explicit_mesh
-from ._types import Size
+from ._types import Groups, Names, Size
 from ._vmapped import vmapped_first, vmapped_index, vmapped_sum
-
-
-Names: TypeAlias = tuple[Hashable, ...]
-Groups: TypeAlias = tuple[tuple[int, ...], ...]
 
 
 class Members(eqx.Module):
@@ -122,7 +118,7 @@ def _index_on_mesh(name: Hashable, mesh: AbstractMesh, x: Array) -> Array:
 
 
 def bound_members(
-    names: Names | None, groups: Groups | None, x: Array, *, layer: str
+    names: Names | None, groups: Groups | None, x: Array, *, check: Check
 ) -> Members:
     """The members along these names, as the call with `x` finds them bound.
 
@@ -138,21 +134,21 @@ def bound_members(
             size = lax.axis_size(name)
         except NameError:
             raise NameError(
-                f"{layer}: `axis_name` has the name {name!r}, which is not bound here. "
-                "Call the layer inside a transformation that binds it, as in "
+                f"{check.name}: `axis_name` has the name {name!r}, which is not bound "
+                "here. Call the layer inside a transformation that binds it, as in "
                 f"`jax.vmap(..., axis_name={name!r})`, `eqx.filter_pmap(..., "
                 f"axis_name={name!r})`, or `jax.shard_map` over a mesh with that axis; "
                 "or leave `axis_name` out to use the statistics of the input alone."
             ) from None
         if groups is not None:
             if len(groups) > size:
-                raise ValueError(
-                    f"{layer}: `axis_index_groups` has {len(groups)} groups, more than "
+                raise check.error(
+                    f"`axis_index_groups` has {len(groups)} groups, more than "
                     f"the {size} members of axis {name!r}."
                 )
             if sorted(sum(groups, ())) != list(range(size)):
-                raise ValueError(
-                    f"{layer}: `axis_index_groups={groups}` must have each index of axis "
+                raise check.error(
+                    f"`axis_index_groups={groups}` must have each index of axis "
                     f"{name!r}, 0 to {size - 1}, in exactly one group."
                 )
     # `pmap` is built on `shard_map`, so its names are found here as well.

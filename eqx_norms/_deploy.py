@@ -13,7 +13,7 @@ from equinox.nn import Identity, Sequential, Shared, State
 from jax.tree_util import GetAttrKey, SequenceKey, keystr
 
 from ._batch_norm import BatchNorm
-from ._checks import as_tuple
+from ._checks import Check, as_tuple
 from ._dtypes import cast, promote
 from ._freeze import find_batch_norms
 from ._state import get_state, remaining, with_entries
@@ -234,8 +234,9 @@ def fold_batch_norms(model: Model, state: State) -> tuple[Model, State]:
 
     Once, with path and reason, for all BatchNorms that were left.
     """
-    for bn in find_batch_norms(model, "fold_batch_norms").values():
-        get_state(state, bn.state_index, layer="fold_batch_norms")
+    check = Check("fold_batch_norms")
+    for bn in find_batch_norms(model, check).values():
+        get_state(state, bn.state_index, check=check)
     folding = _Folding(state)
     folding.scan(model, ())
     report = list_left(folding.left)

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 
 from ._batch_norm import BatchNorm
+from ._checks import Check
 from ._trees import find_nodes, map_nodes
 
 
@@ -27,16 +28,16 @@ def freeze(model: Model) -> Model:
 
     `ValueError` if there is none.
     """
-    return _set_frozen(model, True, "freeze")
+    return _set_frozen(model, True, Check("freeze"))
 
 
 def unfreeze(model: Model) -> Model:
     """The opposite of [`eqx_norms.freeze`][]."""
-    return _set_frozen(model, False, "unfreeze")
+    return _set_frozen(model, False, Check("unfreeze"))
 
 
-def _set_frozen(model: Model, frozen: bool, source: str) -> Model:
-    find_batch_norms(model, source)
+def _set_frozen(model: Model, frozen: bool, check: Check) -> Model:
+    find_batch_norms(model, check)
     return map_nodes(
         lambda layer: eqx.tree_at(lambda layer: layer.frozen, layer, frozen),
         model,
@@ -44,12 +45,12 @@ def _set_frozen(model: Model, frozen: bool, source: str) -> Model:
     )
 
 
-def find_batch_norms(model: Any, source: str) -> dict[str, BatchNorm]:
+def find_batch_norms(model: Any, check: Check) -> dict[str, BatchNorm]:
     """Every `BatchNorm` in a model, which must have one, by path."""
     layers = find_nodes(model, BatchNorm)
     if not layers:
-        raise ValueError(
-            f"{source}: there is no `eqx_norms.BatchNorm` in this model. Those of "
+        raise check.error(
+            "there is no `eqx_norms.BatchNorm` in this model. Those of "
             "`equinox.nn` become such by `eqx_norms.replace_norms`."
         )
     return layers

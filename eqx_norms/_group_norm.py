@@ -6,13 +6,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 from jaxtyping import PRNGKeyArray
 
-from ._checks import (
-    canonicalize_axes,
-    check_axes,
-    check_integer,
-    check_num_features,
-    example_axes,
-)
+from ._axes import other_axes
 from ._layer import AbstractExampleNorm
 from ._statistics import Reduction
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
@@ -27,8 +21,8 @@ class GroupNorm(AbstractExampleNorm):
     The features are divided into groups of neighbours. The expectations are over a group
     and over all axes but `batch_axes`; the scale $\gamma$ and the bias $\beta$ have one
     entry for each feature. With `axis_name` the expectations are over that named axis as
-    well, for space that is split over it. A mean of one number alone, one feature at one
-    position, is refused: the result would be the bias.
+    well, for space that is split over it. One feature at one position is its own mean: then
+    the result is the bias.
 
     By default the first axis is the batch. An array does not say whether it has one: for
     one example without `batch_axes=()` its first axis is taken for the batch.
@@ -51,7 +45,6 @@ class GroupNorm(AbstractExampleNorm):
     """
 
     _arguments: ClassVar[tuple[str, ...]] = ("feature_axis",)
-    _alone: ClassVar[str] = "Use fewer groups, or leave the layer out."
 
     num_groups: int = eqx.field(static=True)
     reduction_axes: tuple[int, ...] | None = eqx.field(static=True)
@@ -100,34 +93,32 @@ class GroupNorm(AbstractExampleNorm):
 
         `ValueError` where one of these is not as described.
         """
-        name = type(self).__name__
-        feature_axis = check_integer(feature_axis, layer=name, argument="feature_axis")
-        (size,) = check_num_features(num_features, (feature_axis,), layer=name)
+        check = self._check
+        feature_axis = check.integer(feature_axis, "feature_axis")
+        (size,) = check.num_features(num_features, (feature_axis,))
         if (num_groups is None) == (group_size is None):
-            raise ValueError(
-                f"{name}: give `num_groups`, or `group_size` and `num_groups=None`, got "
+            raise check.error(
+                f"give `num_groups`, or `group_size` and `num_groups=None`, got "
                 f"`num_groups={num_groups}` and `group_size={group_size}`."
             )
         if num_groups is not None:
-            divisor = check_integer(num_groups, layer=name, argument="num_groups")
+            divisor = check.integer(num_groups, "num_groups")
         else:
             assert group_size is not None
-            divisor = check_integer(group_size, layer=name, argument="group_size")
+            divisor = check.integer(group_size, "group_size")
         if divisor < 1 or size % divisor:
-            raise ValueError(
-                f"{name}: `num_features={num_features}` cannot be divided evenly by "
+            raise check.error(
+                f"`num_features={num_features}` cannot be divided evenly by "
                 f"`num_groups={num_groups}`, `group_size={group_size}`. Give a positive "
                 f"number that divides it, {math.gcd(size, divisor)} for example. The "
                 "features come first, then the groups: the reverse of PyTorch and Equinox."
             )
         self.num_groups = size // divisor if num_groups is None else divisor
         self.reduction_axes = (
-            None
-            if reduction_axes is None
-            else check_axes(reduction_axes, layer=name, argument="reduction_axes")
+            None if reduction_axes is None else check.axes(reduction_axes, "reduction_axes")
         )
         self.feature_axis = feature_axis
-        self.batch_axes = check_axes(batch_axes, layer=name, argument="batch_axes")
+        self.batch_axes = check.axes(batch_axes, "batch_axes")
         self._set_common(
             num_features,
             (feature_axis,),
@@ -146,17 +137,15 @@ class GroupNorm(AbstractExampleNorm):
         )
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
-        name, axes = type(self).__name__, self.reduction_axes
-        (feature_axis,) = feature_axes
-        if axes is None:
-            axes = example_axes(self.batch_axes, feature_axes, len(shape), layer=name)
+        check, ndim, (feature_axis,) = self._check, len(shape), feature_axes
+        if self.reduction_axes is None:
+            batch_axes = check.batch_axes(ndim, self.batch_axes, feature_axes)
+            axes = other_axes((*batch_axes, feature_axis), ndim)
         else:
-            axes = canonicalize_axes(
-                axes, len(shape), layer=name, argument="reduction_axes"
-            )
+            axes = check.axes_in(ndim, self.reduction_axes, "reduction_axes")
             if feature_axis not in axes:
-                raise ValueError(
-                    f"{name}: `reduction_axes={self.reduction_axes}` must have the "
+                raise check.error(
+                    f"`reduction_axes={self.reduction_axes}` must have the "
                     f"`feature_axis={self.feature_axis}` among them, for an input of shape "
                     f"{shape}."
                 )

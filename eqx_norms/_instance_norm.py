@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 from jaxtyping import PRNGKeyArray
 
-from ._checks import check_axes, example_axes
+from ._axes import other_axes
 from ._layer import AbstractExampleNorm
 from ._statistics import Reduction
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
@@ -86,9 +86,9 @@ class InstanceNorm(AbstractExampleNorm):
 
         `ValueError` where one of these is not as described.
         """
-        name = type(self).__name__
-        self.feature_axes = check_axes(feature_axes, layer=name, argument="feature_axes")
-        self.batch_axes = check_axes(batch_axes, layer=name, argument="batch_axes")
+        check = self._check
+        self.feature_axes = check.axes(feature_axes, "feature_axes")
+        self.batch_axes = check.axes(batch_axes, "batch_axes")
         self._set_common(
             num_features,
             self.feature_axes,
@@ -107,7 +107,6 @@ class InstanceNorm(AbstractExampleNorm):
         )
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
-        name = type(self).__name__
-        return Reduction(
-            example_axes(self.batch_axes, feature_axes, len(shape), layer=name)
-        )
+        ndim = len(shape)
+        batch_axes = self._check.batch_axes(ndim, self.batch_axes, feature_axes)
+        return Reduction(other_axes((*batch_axes, *feature_axes), ndim))

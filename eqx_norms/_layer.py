@@ -11,22 +11,7 @@ import numpy as np
 from equinox.nn import State
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
-from ._checks import (
-    as_array,
-    as_tuple,
-    canonicalize_axes,
-    check_axes,
-    check_dtype,
-    check_epsilon,
-    check_features,
-    check_flag,
-    check_groups,
-    check_names,
-    check_num_features,
-    check_reduction_axes,
-    check_result_dtype,
-    check_scale_offset,
-)
+from ._checks import Check, as_tuple
 from ._dtypes import ResultDType
 from ._names import AnswersNames
 from ._standardize import compute, prepare
@@ -43,12 +28,12 @@ from ._types import (
 )
 
 
-def split_key(key: PRNGKeyArray, number: int, *, layer: str) -> list[PRNGKeyArray]:
+def split_key(key: PRNGKeyArray, number: int, *, check: Check) -> list[PRNGKeyArray]:
     try:
         return list(jax.random.split(key, number))
     except (TypeError, ValueError):
-        raise ValueError(
-            f"{layer}: `key` must be a single random key, got {key!r}. Make one with "
+        raise check.error(
+            f"`key` must be a single random key, got {key!r}. Make one with "
             "`jax.random.key(0)`, for example."
         ) from None
 
@@ -60,14 +45,14 @@ def init_affine(
     *,
     scale_init: Initializer | None,
     bias_init: Initializer | None,
-    layer: str,
+    check: Check,
 ) -> tuple[Array | None, Array | None]:
     """Scale and bias, each `None` without an initializer."""
-    keys = (None, None) if key is None else split_key(key, 2, layer=layer)
-    dtype = check_dtype(dtype, layer=layer, argument="param_dtype")
+    keys = (None, None) if key is None else split_key(key, 2, check=check)
+    dtype = check.dtype(dtype, "param_dtype")
     return (
-        _init(scale_init, shape, dtype, keys[0], layer=layer, argument="scale_init"),
-        _init(bias_init, shape, dtype, keys[1], layer=layer, argument="bias_init"),
+        _init(scale_init, shape, dtype, keys[0], check=check, argument="scale_init"),
+        _init(bias_init, shape, dtype, keys[1], check=check, argument="bias_init"),
     )
 
 
@@ -77,14 +62,14 @@ def _init(
     dtype: np.dtype,
     key: PRNGKeyArray | None,
     *,
-    layer: str,
+    check: Check,
     argument: str,
 ) -> Array | None:
     if init is None:
         return None
     if not callable(init):
-        raise ValueError(
-            f"{layer}: `{argument}` must be a function `(key, shape, dtype) -> array`, as "
+        raise check.error(
+            f"`{argument}` must be a function `(key, shape, dtype) -> array`, as "
             f"in `jax.nn.initializers`, got one of type {type(init).__name__}."
         )
     try:
@@ -92,13 +77,13 @@ def _init(
     except Exception as error:
         if key is not None:
             raise
-        raise ValueError(
-            f"{layer}: `{argument}` failed without a random key. If it draws random "
+        raise check.error(
+            f"`{argument}` failed without a random key. If it draws random "
             "numbers, give the layer one: `key=jax.random.key(...)`."
         ) from error
     if value.shape != shape or value.dtype != dtype:
-        raise ValueError(
-            f"{layer}: `{argument}` must return shape {shape} and dtype {dtype}, got "
+        raise check.error(
+            f"`{argument}` must return shape {shape} and dtype {dtype}, got "
             f"shape {value.shape} and dtype {value.dtype}."
         )
     return value.astype(dtype)  # not weakly typed, whatever the initializer returned
@@ -163,28 +148,30 @@ class AbstractNorm(AnswersNames, eqx.Module):
         key: PRNGKeyArray | None,
     ) -> Shape:
         """Sets these fields, from within a constructor, and returns the feature shape."""
-        name = type(self).__name__
-        shape = check_num_features(num_features, feature_axes, self._arguments, layer=name)
+        check = self._check
+        shape = check.num_features(num_features, feature_axes, self._arguments)
         self.num_features = shape if isinstance(num_features, Sequence) else shape[0]
-        use_bias = check_flag(use_bias, layer=name, argument="use_bias")
-        use_scale = check_flag(use_scale, layer=name, argument="use_scale")
+        use_bias = check.flag(use_bias, "use_bias")
+        use_scale = check.flag(use_scale, "use_scale")
         self.scale, self.bias = init_affine(
             shape,
             param_dtype,
             key,
             scale_init=scale_init if use_scale else None,
             bias_init=bias_init if use_bias else None,
-            layer=name,
+            check=check,
         )
-        self.epsilon = check_epsilon(epsilon, layer=name)
-        self.dtype = check_result_dtype(dtype, layer=name)
-        self.axis_name = check_names(axis_name, layer=name)
-        self.axis_index_groups = check_groups(axis_index_groups, self.axis_name, layer=name)
-        self.use_fast_variance = check_flag(
-            use_fast_variance, layer=name, argument="use_fast_variance"
-        )
-        self.scale_offset = check_scale_offset(scale_offset, layer=name)
+        self.epsilon = check.epsilon(epsilon)
+        self.dtype = check.result_dtype(dtype)
+        self.axis_name = check.names(axis_name)
+        self.axis_index_groups = check.groups(axis_index_groups, self.axis_name)
+        self.use_fast_variance = check.flag(use_fast_variance, "use_fast_variance")
+        self.scale_offset = check.scale_offset(scale_offset)
         return shape
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Normalises an array. Each layer says what else it takes and returns."""
 
     def _features(self) -> Shape | None:
         """The feature shape that `x` must have; inside `shard_map`, where scale and bias
@@ -217,16 +204,16 @@ class AbstractNorm(AnswersNames, eqx.Module):
         """Checks the arrays of a call. Returns what `compute` takes. `features` is the
         feature shape that is required, `None` if any will do. `may_be_alone` says that
         statistics of one position each are not refused."""
-        name = type(self).__name__
+        check = self._check
         argument, axes = self._layout()
-        x = as_array(x, layer=name, argument="x")
-        axes = canonicalize_axes(axes, x.ndim, layer=name, argument=argument)
+        x = check.array(x, "x")
+        axes = check.axes_in(x.ndim, axes, argument)
         if features is not None:
-            check_features(features, x.shape, axes, self._arguments, layer=name)
+            check.features(features, x.shape, axes, self._arguments)
         return prepare(
             x,
             self._reduction(x.shape, axes),
-            layer=name,
+            check=check,
             mask=mask,
             scale=(self.scale, scale),
             bias=(self.bias, bias),
@@ -305,7 +292,7 @@ class AbstractExampleNorm(AbstractNorm):
         `axis_name` is bound nowhere.
         """
         del key
-        check_optional_state(state, layer=type(self).__name__)
+        check_optional_state(state, check=self._check)
         with jax.named_scope(f"eqx_norms.{type(self).__name__}"):
             y, _ = compute(*self._prepare(x, mask, scale, bias, self._features()))
         return y if state is None else (y, state)
@@ -321,14 +308,10 @@ class AbstractAxesNorm(AbstractExampleNorm):
 
     def _set_axes(self, feature_axes: Axes, reduction_axes: Axes | None) -> None:
         """Sets these fields, from within a constructor."""
-        name = type(self).__name__
-        self.feature_axes = check_axes(feature_axes, layer=name, argument="feature_axes")
-        self.reduction_axes = check_reduction_axes(
-            reduction_axes, self.feature_axes, layer=name
-        )
+        check = self._check
+        self.feature_axes = check.axes(feature_axes, "feature_axes")
+        self.reduction_axes = check.reduction_axes(reduction_axes, self.feature_axes)
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
-        name, axes = type(self).__name__, self.reduction_axes
-        return Reduction(
-            canonicalize_axes(axes, len(shape), layer=name, argument="reduction_axes")
-        )
+        axes = self.reduction_axes
+        return Reduction(self._check.axes_in(len(shape), axes, "reduction_axes"))

@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from ._checks import Check
+
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -62,11 +64,9 @@ def answers_names(function: Callable[P, T]) -> Callable[P, T]:
         if not kwargs.keys() <= own:
             names = [name for name in kwargs if name not in own]
             if answers := "".join(_answer(name, own) for name in names):
-                layer = type(args[0]).__name__ if "self" in own else function.__name__
+                name = type(args[0]).__name__ if "self" in own else function.__name__
                 received = ", ".join(map(repr, names))
-                raise TypeError(
-                    f"{layer}: unexpected keyword argument {received}.{answers}"
-                )
+                raise TypeError(f"{name}: unexpected keyword argument {received}.{answers}")
         return function(*args, **kwargs)
 
     return wrapper
@@ -75,6 +75,10 @@ def answers_names(function: Callable[P, T]) -> Callable[P, T]:
 class AnswersNames:
     """A layer that answers names where it is made and called. (What reads the source, as
     type checkers do, finds the methods as they are written.)"""
+
+    @property
+    def _check(self) -> Check:
+        return Check(type(self).__name__)
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)

@@ -8,6 +8,7 @@ import numpy as np
 from equinox.nn import State
 
 from ._batch_norm import BatchNorm
+from ._checks import Check
 from ._freeze import find_batch_norms
 from ._running import PooledStats, RunningStats
 from ._state import copy_state, get_state
@@ -15,6 +16,8 @@ from ._trees import map_nodes
 
 
 Model = TypeVar("Model")
+
+_CHECK = Check("recalibrate")
 
 
 def recalibrate(
@@ -93,14 +96,14 @@ def recalibrate(
         totals = {name: _merge(totals[name], new[name]) for name in layers}
         number += 1
     if number == 0:
-        raise ValueError(
-            "recalibrate: `batches` is empty. Give at least one batch; an iterator may "
+        raise _CHECK.error(
+            "`batches` is empty. Give at least one batch; an iterator may "
             "have been used up before."
         )
     missed = [name for name in layers if not np.any(totals[name].batches)]
     if missed:
-        raise ValueError(
-            f"recalibrate: nothing finite was counted in {number} batches for "
+        raise _CHECK.error(
+            f"nothing finite was counted in {number} batches for "
             f"{', '.join(missed)}. `forward` must call each of these layers in training, "
             "without `use_running_average=True`, and return the state that they return. "
             "Use `eqx_norms.freeze` on those that are not to change."
@@ -111,12 +114,12 @@ def recalibrate(
 
 def _layers(model: Any) -> dict[str, BatchNorm]:
     """The layers to recalibrate, by where they are in the model."""
-    found = find_batch_norms(model, "recalibrate")
+    found = find_batch_norms(model, _CHECK)
     layers = {f"`model{path}`": layer for path, layer in found.items()}
     thawed = {name: layer for name, layer in layers.items() if not layer.frozen}
     if not thawed:
-        raise ValueError(
-            f"recalibrate: each `eqx_norms.BatchNorm` in this model, {', '.join(layers)}, "
+        raise _CHECK.error(
+            f"each `eqx_norms.BatchNorm` in this model, {', '.join(layers)}, "
             "is frozen. Use `eqx_norms.unfreeze` on those to recalibrate."
         )
     return thawed
@@ -153,8 +156,8 @@ def _replace(
 def _check_kept(arguments: Any) -> None:
     leaves = jax.tree.leaves(arguments)
     if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
-        raise ValueError(
-            "recalibrate: `forward` must leave the model and the state that it is given as "
+        raise _CHECK.error(
+            "`forward` must leave the model and the state that it is given as "
             "they are, for the next batch, but it donated their arrays. Compile it without "
             "donation: `eqx.filter_jit(forward)`."
         )
@@ -166,23 +169,23 @@ def _pooled(
     """What `forward` found, on the host."""
     if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], State)):
         kinds = [type(part).__name__ for part in out] if isinstance(out, tuple) else None
-        raise ValueError(
-            "recalibrate: `forward` must return a pair of anything and the new "
+        raise _CHECK.error(
+            "`forward` must return a pair of anything and the new "
             f"`equinox.nn.State`, got {type(out).__name__ if kinds is None else kinds}."
         )
     new = {
-        name: get_state(out[1], layer.state_index, layer="recalibrate")
+        name: get_state(out[1], layer.state_index, check=_CHECK)
         for name, layer in layers.items()
     }
     for name, stats in new.items():
         if not isinstance(stats, PooledStats):
-            raise ValueError(
-                f"recalibrate: `forward` returned a state with other statistics of {name}. "
+            raise _CHECK.error(
+                f"`forward` returned a state with other statistics of {name}. "
                 "It must return the state it is given, as the model updates it."
             )
         if stats.count.shape != old[name].count.shape:
-            raise ValueError(
-                f"recalibrate: `forward` returned statistics of shape {stats.count.shape} "
+            raise _CHECK.error(
+                f"`forward` returned statistics of shape {stats.count.shape} "
                 f"for {name}, expected {old[name].count.shape}. If it maps the model with "
                 "`jax.vmap`, its `out_axes` for the state must be `None`."
             )

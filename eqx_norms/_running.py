@@ -2,16 +2,20 @@
 
 import functools
 import math
+import warnings
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from equinox.nn import State, StateIndex
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Inexact, Int
 
 from ._axes import to_feature_order
+from ._checks import Check
 from ._dtypes import cast, promote, real_dtype
 from ._sharding import shard_like
 from ._state import get_state
@@ -64,10 +68,10 @@ def get_stats(
     features: Shape | None,
     feature_axes: tuple[int, ...],
     *,
-    layer: str,
+    check: Check,
 ) -> Stats:
     """The running statistics in `state`, for features of this shape if it is known."""
-    stats = get_state(state, index, layer=layer)
+    stats = get_state(state, index, check=check)
     received = stats.mean.shape
     if features is None:
         wanted, fits = (
@@ -77,13 +81,39 @@ def get_stats(
     else:
         wanted, fits = features, received == features
     if not fits:
-        raise ValueError(
-            f"{layer}: the running statistics in `state` have shape {received}, the "
+        raise check.error(
+            f"the running statistics in `state` have shape {received}, the "
             f"layer's features {wanted}. Was `state` made for another model, or left "
             "out of the axes of a `vmap`? Write `jax.vmap(model, in_axes=(0, None), "
             "out_axes=(0, None), axis_name=...)(x, state)`."
         )
     return stats
+
+
+def warn_if_new(stats: Any, *, check: Check) -> None:
+    """For running statistics that no batch has entered. What was loaded from elsewhere may
+    have a count of zero too, but not what a layer starts with. Nothing is said of values
+    that are traced, or split over devices."""
+
+    def is_all(array: Any, value: int) -> bool:
+        if isinstance(array, Tracer):
+            return False
+        whole = getattr(array, "is_fully_replicated", True)
+        return whole and bool(np.all(jax.device_get(array) == value))
+
+    if (
+        isinstance(stats, RunningStats)
+        and is_all(stats.count, 0)
+        and is_all(stats.mean, 0)
+        and is_all(stats.var, 1)
+    ):
+        warnings.warn(
+            f"{check.name}: evaluates with running statistics that no batch has entered, "
+            "mean 0 and variance 1: the input is not normalised. Train first and keep the "
+            "state that each call returns, load the state together with the model, or use "
+            "`eqx_norms.recalibrate`.",
+            stacklevel=3,
+        )
 
 
 class Step(NamedTuple):

@@ -10,8 +10,8 @@ from equinox.nn import Shared, State, StateIndex
 from jax import lax
 from jaxtyping import Array, Float, Inexact, PRNGKeyArray
 
-from ._checks import check_dtype, check_flag, check_integer, check_number
-from ._dtypes import promote, real_dtype, result_dtype
+from ._checks import Check
+from ._dtypes import promote, real_dtype
 from ._layer import split_key
 from ._sharding import shard_like
 from ._state import (
@@ -151,40 +151,40 @@ class SpectralNorm(AbstractWrapper[Layer]):
 
         `ValueError` where one of these is not as described.
         """
-        name = type(self).__name__
+        check = self._check
         weights = self._set_common(
             layer, where, feature_axes=feature_axes, epsilon=epsilon, dtype=dtype
         )
-        n_steps = check_integer(n_steps, layer=name, argument="n_steps")
+        n_steps = check.integer(n_steps, "n_steps")
         if n_steps < 1:
-            raise ValueError(
-                f"{name}: `n_steps` must be at least 1, got {n_steps}. To leave the "
+            raise check.error(
+                f"`n_steps` must be at least 1, got {n_steps}. To leave the "
                 "singular vectors as they are, use `update_stats=False`."
             )
         self.n_steps = n_steps
-        param_dtype = check_dtype(param_dtype, layer=name, argument="param_dtype")
+        param_dtype = check.dtype(param_dtype, "param_dtype")
         inside = directions(layer)
         if any(path in inside for path in self.weights):
-            raise ValueError(
-                f"{name}: of the weights {list(self.weights)} {list(inside)} are in a "
+            raise check.error(
+                f"of the weights {list(self.weights)} {list(inside)} are in a "
                 "`WeightNorm`, which takes their direction alone: it would not matter how "
-                f"long they are. Put it outside: `WeightNorm({name}(layer))`."
+                f"long they are. Put it outside: `WeightNorm({check.name}(layer))`."
             )
-        strict = check_flag(error_on_non_matrix, layer=name, argument="error_on_non_matrix")
+        strict = check.flag(error_on_non_matrix, "error_on_non_matrix")
         if strict and any(weight.ndim != 2 for weight in weights):
             shapes = dict(zip(self.weights, (w.shape for w in weights), strict=True))
-            raise ValueError(
-                f"{name}: with `error_on_non_matrix=True` all weights must have two "
+            raise check.error(
+                f"with `error_on_non_matrix=True` all weights must have two "
                 f"dimensions, got {shapes}."
             )
-        keys = split_key(key, len(weights), layer=name)
+        keys = split_key(key, len(weights), check=check)
         self.state_index = StateIndex(
             tuple(
                 self._init(weight, promote(weight.dtype, param_dtype, jnp.float32), key)
                 for weight, key in zip(weights, keys, strict=True)
             )
         )
-        self.inference = not check_flag(update_stats, layer=name, argument="update_stats")
+        self.inference = not check.flag(update_stats, "update_stats")
 
     def _draw(self, weight: Array, dtype: np.dtype, key: PRNGKeyArray) -> SpectralStats:
         shapes = (
@@ -217,7 +217,7 @@ class SpectralNorm(AbstractWrapper[Layer]):
         self, state: State, accuracy: float, max_steps: int
     ) -> tuple[SpectralStats, ...]:
         """What is stored, converged for the weights as they are."""
-        stats = get_state(state, self.state_index, layer=type(self).__name__)
+        stats = self.spectral_stats(state)
         find = ft.partial(self._converged, accuracy, max_steps)
         return tuple(map(ft.partial(over_stacks, find), self._weights(), self.ranks, stats))
 
@@ -250,7 +250,7 @@ class SpectralNorm(AbstractWrapper[Layer]):
         wide = weight.astype(promote(weight.dtype, stats.u.dtype, jnp.float32))
         sigma = _sigma(wide, stats)
         sigma = jnp.where(sigma > self.epsilon, sigma, 1)
-        dtype = result_dtype(self.dtype, weight, layer=type(self).__name__)
+        dtype = self._check.dtype_of(self.dtype, weight)
         return (wide / sigma.astype(wide.dtype)).astype(dtype)
 
     @needs_state
@@ -281,11 +281,11 @@ class SpectralNorm(AbstractWrapper[Layer]):
         `ValueError` if `state` holds nothing for this layer, or in training if it is
         narrower than float32; what the layer raises.
         """
-        name = type(self).__name__
-        stats = get_state(state, self.state_index, layer=name)
+        check = self._check
+        stats = self.spectral_stats(state)
         weights = self._weights()
         if self._updates(update_stats):
-            check_precision(stats, layer=name)
+            check_precision(stats, check=check)
             stats = tuple(
                 self._update(weight, old, self.n_steps)
                 for weight, old in zip(weights, stats, strict=True)
@@ -299,20 +299,20 @@ class SpectralNorm(AbstractWrapper[Layer]):
         return self._call(new, x, *args, key=key, **kwargs), state
 
     def _updates(self, update_stats: bool | None) -> bool:
-        name = type(self).__name__
+        check = self._check
         if update_stats is not None:
-            return check_flag(update_stats, layer=name, argument="update_stats")
-        return not check_flag(self.inference, layer=name, argument="inference")
+            return check.flag(update_stats, "update_stats")
+        return not check.flag(self.inference, "inference")
 
     def _evaluation(self, state: State | None) -> Iterable[Array]:
         if state is not None:
-            stats = get_state(state, self.state_index, layer=type(self).__name__)
+            stats = self.spectral_stats(state)
         else:
             try:
                 stats = initial_state(self.state_index)
             except ValueError:
-                raise ValueError(
-                    "SpectralNorm: has its singular vectors in the model's "
+                raise self._check.error(
+                    "has its singular vectors in the model's "
                     "`equinox.nn.State`. Give it too: `bake(model, state)`."
                 ) from None
         return map(
@@ -322,7 +322,7 @@ class SpectralNorm(AbstractWrapper[Layer]):
     def spectral_stats(self, state: State) -> tuple[SpectralStats, ...]:
         """What `state` holds for this layer, weight by weight in the order of the field
         `weights`."""
-        return get_state(state, self.state_index, layer=type(self).__name__)
+        return get_state(state, self.state_index, check=self._check)
 
 
 def converge_spectral_norms(
@@ -374,14 +374,11 @@ def converge_spectral_norms(
         state = en.converge_spectral_norms(layer, state)
         ```
     """
-    name = "converge_spectral_norms"
-    how = (
-        check_number(accuracy, layer=name, argument="accuracy"),
-        check_integer(max_steps, layer=name, argument="max_steps"),
-    )
+    check = Check("converge_spectral_norms")
+    how = check.number(accuracy, "accuracy"), check.integer(max_steps, "max_steps")
     if not (0 <= how[0] < 1 and how[1] > 0):
-        raise ValueError(
-            f"{name}: `accuracy` must be from 0 to 1, and `max_steps` positive, got "
+        raise check.error(
+            f"`accuracy` must be from 0 to 1, and `max_steps` positive, got "
             f"{accuracy} and {max_steps}. Leave them out for the defaults."
         )
 
@@ -402,5 +399,5 @@ def converge_spectral_norms(
 
     state = visit(model, copy_state(state))
     if not found:
-        raise ValueError(f"{name}: there is no `eqx_norms.SpectralNorm` in this model.")
+        raise check.error("there is no `eqx_norms.SpectralNorm` in this model.")
     return state

@@ -35,22 +35,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Inexact, Shaped
 
 from ._axes import feature_shape, other_axes, to_input_order, to_rank
-from ._checks import (
-    as_array,
-    canonicalize_axes,
-    check_axes,
-    check_broadcasts,
-    check_epsilon,
-    check_flag,
-    check_groups,
-    check_inputs,
-    check_mask_axes,
-    check_names,
-    check_reduction,
-    check_result_dtype,
-    check_scale_offset,
-)
-from ._collectives import Groups, Names, bound_members
+from ._checks import Check
+from ._collectives import ALONE, bound_members
 from ._dtypes import ResultDType, cast, real_dtype
 from ._names import answers_names
 from ._statistics import (
@@ -63,7 +49,7 @@ from ._statistics import (
     real_product,
     statistics,
 )
-from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike
+from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike, Groups, Names
 
 
 def _deviation(
@@ -247,7 +233,7 @@ def prepare(
     x: Array,
     reduction: Reduction,
     *,
-    layer: str,
+    check: Check,
     mask: Any,
     scale: tuple[Any, ...],
     bias: tuple[Any, ...],
@@ -263,33 +249,45 @@ def prepare(
     remedy: str,
     alone: str = "",
 ) -> tuple[Settings, Inputs]:
-    """Checks the arrays of a call. Returns what `compute` takes. `remedy` says what to do
-    where there is nothing to take statistics over; `alone` where they are of one position
-    each, if that is refused."""
-    inputs, result = check_inputs(
-        x, mask, scale, bias, feature_axes=feature_axes, dtype=dtype, layer=layer
-    )
-    check_mask_axes(inputs.mask, x.shape, reduction, layer=layer)
+    """Checks the arrays of a call. Returns what `compute` takes.
+
+    Of the scales and biases the last is that of the call, and what is before it the
+    layer's own. `remedy` says what to do where there is nothing to take statistics over;
+    `alone` where they are of one position each, if that is refused.
+    """
+    (mask,) = check.arrays("mask", mask)
+    reduced = reduction.all_axes
+    check.mask(mask, x, reduced)
+    scale, bias = check.arrays("scale", *scale), check.arrays("bias", *bias)
+    features = feature_shape(x.shape, feature_axes)
+    for argument, terms in (("scale", scale[-1:]), ("bias", bias[-1:])):
+        for term in terms:
+            if term is not None and term.shape != features:
+                check.broadcasts(term, x, argument)
+    members = ALONE
     if given is None:
-        check_reduction(reduction, names, x.shape, layer=layer, remedy=remedy)
-        members = bound_members(names, groups, x, layer=layer)
-        if alone and reduction.size(x.shape) * members.size == 1:
-            raise ValueError(
-                f"{layer}: needs more than one position for each mean and variance, got an "
-                f"input of shape {x.shape}, where each is of one: the result would be the "
-                f"bias, whatever the input. {alone}"
+        if not reduced and names is None:
+            raise check.error(
+                f"no axis left to take statistics over in an input of shape {x.shape}. "
+                f"{remedy}"
             )
-        inputs = inputs._replace(members=members)
+        members = bound_members(names, groups, x, check=check)
+        if alone and reduction.size(x.shape) * members.size == 1:
+            raise check.error(
+                "needs more than one position for each mean and variance, got an input of "
+                f"shape {x.shape}, where each is of one: the result would be the bias, "
+                f"whatever the input. {alone}"
+            )
     settings = Settings(
         reduction,
         feature_axes,
-        result,
+        check.dtype_of(dtype, x, *scale, *bias),
         epsilon,
         scale_offset,
         subtract_mean,
         use_fast_variance,
     )
-    return settings, inputs._replace(given=given)
+    return settings, Inputs(x, mask, scale, bias, given, members)
 
 
 class Moments(NamedTuple):
@@ -318,31 +316,31 @@ def _as_moments(settings: Settings, inputs: Inputs, found: Statistics) -> Moment
 
 
 def _given(
-    mean: Any, var: Any, x: Array, axes: tuple[int, ...], *, layer: str
+    mean: Any, var: Any, x: Array, axes: tuple[int, ...], check: Check
 ) -> Statistics | None:
     """Moments that a caller gives, as `compute` takes them."""
     if mean is None and var is None:
         return None
     if mean is None or var is None:
         missing, remedy = ("mean", "zeros") if mean is None else ("var", "ones")
-        raise ValueError(
-            f"{layer}: `mean` and `var` go together, got no `{missing}`. Give both, or "
+        raise check.error(
+            f"`mean` and `var` go together, got no `{missing}`. Give both, or "
             f"neither to have them computed. To do without `{missing}`, give {remedy}."
         )
     parts = []
     for argument, value in (("mean", mean), ("var", var)):
-        part = as_array(value, layer=layer, argument=argument)
-        check_broadcasts(part, x, layer=layer, argument=argument)
+        part = check.array(value, argument)
+        check.broadcasts(part, x, argument)
         part = to_rank(part, x.ndim)
         if any(part.shape[axis] != 1 for axis in axes):
-            raise ValueError(
-                f"{layer}: `{argument}` of shape {part.shape} must have size 1 along the "
+            raise check.error(
+                f"`{argument}` of shape {part.shape} must have size 1 along the "
                 f"axes {axes} of the input, of shape {x.shape}, which it is over. Give one "
                 f"like `jnp.{argument}(x, {axes}, keepdims=True)`."
             )
         if jnp.iscomplexobj(part) and (argument == "var" or not jnp.iscomplexobj(x)):
-            raise ValueError(
-                f"{layer}: `{argument}` must be real here, got dtype {part.dtype}. Give "
+            raise check.error(
+                f"`{argument}` must be real here, got dtype {part.dtype}. Give "
                 f"`{argument}.real`."
             )
         if not jnp.issubdtype(part.dtype, jnp.inexact):
@@ -479,35 +477,33 @@ def standardize(
     `ValueError` if an argument is not as described or does not fit `x`, or if there is
     nothing to take statistics over; `NameError` if `axis_name` is bound nowhere.
     """
-    name = "standardize"
-    x = as_array(x, layer=name, argument="x")
-    axes = check_axes(axes, layer=name, argument="axes")
-    axes = canonicalize_axes(axes, x.ndim, layer=name, argument="axes")
-    given = _given(mean, var, x, axes, layer=name)
-    if check_flag(return_moments, layer=name, argument="return_moments") and given:
-        raise ValueError(
-            f"{name}: `return_moments` is for the moments of `x`, got `mean` and `var` to "
+    check = Check("standardize")
+    x = check.array(x, "x")
+    axes = check.axes(axes, "axes")
+    axes = check.axes_in(x.ndim, axes, "axes")
+    given = _given(mean, var, x, axes, check)
+    if check.flag(return_moments, "return_moments") and given:
+        raise check.error(
+            "`return_moments` is for the moments of `x`, got `mean` and `var` to "
             "use in their place. Leave it out; `eqx_norms.moments` has those of `x`."
         )
-    names = check_names(axis_name, layer=name)
+    names = check.names(axis_name)
     settings, inputs = prepare(
         x,
         Reduction(axes),
-        layer=name,
+        check=check,
         mask=mask,
         scale=(scale,),
         bias=(bias,),
         feature_axes=(),
         given=given,
-        dtype=check_result_dtype(dtype, layer=name),
-        epsilon=check_epsilon(epsilon, layer=name),
-        scale_offset=check_scale_offset(scale_offset, layer=name),
-        subtract_mean=check_flag(subtract_mean, layer=name, argument="subtract_mean"),
-        use_fast_variance=check_flag(
-            use_fast_variance, layer=name, argument="use_fast_variance"
-        ),
+        dtype=check.result_dtype(dtype),
+        epsilon=check.epsilon(epsilon),
+        scale_offset=check.scale_offset(scale_offset),
+        subtract_mean=check.flag(subtract_mean, "subtract_mean"),
+        use_fast_variance=check.flag(use_fast_variance, "use_fast_variance"),
         names=names,
-        groups=check_groups(axis_index_groups, names, layer=name),
+        groups=check.groups(axis_index_groups, names),
         remedy=_REMEDY,
     )
     if not return_moments:
@@ -555,14 +551,14 @@ def moments(
 
     As [`eqx_norms.standardize`][].
     """
-    name = "moments"
-    x = as_array(x, layer=name, argument="x")
-    axes = check_axes(axes, layer=name, argument="axes")
-    names = check_names(axis_name, layer=name)
+    check = Check("moments")
+    x = check.array(x, "x")
+    axes = check.axes(axes, "axes")
+    names = check.names(axis_name)
     settings, inputs = prepare(
         x,
-        Reduction(canonicalize_axes(axes, x.ndim, layer=name, argument="axes")),
-        layer=name,
+        Reduction(check.axes_in(x.ndim, axes, "axes")),
+        check=check,
         mask=mask,
         scale=(),
         bias=(),
@@ -574,7 +570,7 @@ def moments(
         subtract_mean=True,
         use_fast_variance=True,
         names=names,
-        groups=check_groups(axis_index_groups, names, layer=name),
+        groups=check.groups(axis_index_groups, names),
         remedy=_REMEDY,
     )
     settings = settings._replace(returns_statistics=True)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from equinox.nn import State, StateIndex
 
+from ._checks import Check
 from ._trees import find_nodes
 
 
@@ -24,54 +25,54 @@ def needs_state(call: Callable[P, T]) -> Callable[P, T]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         given: tuple[Any, ...] = args
         if len(given) + ("x" in kwargs) == 2 and "state" not in kwargs:
-            _check_state(None, layer=type(given[0]).__name__)
+            _check_state(None, check=Check(type(given[0]).__name__))
         return call(*args, **kwargs)
 
     return wrapper
 
 
-def _check_state(state: Any, *, layer: str) -> None:
+def _check_state(state: Any, *, check: Check) -> None:
     if not isinstance(state, State):
         # `equinox.nn.Sequential` passes an `object()` where it was given none.
         none = state is None or type(state) is object
         received = "none" if none else f"one of type {type(state).__name__}"
-        raise ValueError(
-            f"{layer}: needs the model's `equinox.nn.State` as its second argument, got "
+        raise check.error(
+            f"needs the model's `equinox.nn.State` as its second argument, got "
             f"{received}. Make both with `model, state = "
             "equinox.nn.make_with_state(Model)(...)`, and call `y, state = model(x, "
             "state)`."
         )
 
 
-def check_optional_state(state: Any, *, layer: str) -> None:
+def check_optional_state(state: Any, *, check: Check) -> None:
     """For a layer that hands on the state it is given, whatever that is, if any. But an
     array is none: it was meant for another argument."""
     if eqx.is_array_like(state):
-        raise ValueError(
-            f"{layer}: the second argument must be the model's `equinox.nn.State`, or "
+        raise check.error(
+            f"the second argument must be the model's `equinox.nn.State`, or "
             f"`None`, got one of type {type(state).__name__}. Give `mask`, `scale`, `bias` "
             "and `key` by their names."
         )
 
 
-def get_state(state: State, index: StateIndex[T], *, layer: str) -> T:
-    _check_state(state, layer=layer)
+def get_state(state: State, index: StateIndex[T], *, check: Check) -> T:
+    _check_state(state, check=check)
     try:
         return state.get(index)
     except KeyError:
-        raise ValueError(
-            f"{layer}: this `state` holds nothing for this layer; it was made for another "
+        raise check.error(
+            "this `state` holds nothing for this layer; it was made for another "
             "model. Make model and state together: `model, state = "
             "equinox.nn.make_with_state(Model)(...)`."
         ) from None
 
 
-def check_precision(values: Any, *, layer: str) -> None:
+def check_precision(values: Any, *, check: Check) -> None:
     """Whether what is about to be updated takes small steps."""
     for array in jax.tree.leaves(values):
         if jnp.issubdtype(array.dtype, jnp.inexact) and jnp.finfo(array.dtype).bits < 32:
-            raise ValueError(
-                f"{layer}: training needs a `state` in float32 or wider, got an array of "
+            raise check.error(
+                f"training needs a `state` in float32 or wider, got an array of "
                 f"dtype {array.dtype}: small steps would be lost in rounding. Cast the "
                 "model alone and leave `state` as `equinox.nn.make_with_state` made it, or "
                 "cast its arrays back to float32."

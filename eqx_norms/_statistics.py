@@ -97,6 +97,10 @@ class Reduction(NamedTuple):
             x = lax.slice_in_dim(x, start, start + size, axis=axis)
         return x
 
+    @property
+    def all_axes(self) -> tuple[int, ...]:
+        return self.axes if self.blocks is None else (*self.axes, self.blocks[0])
+
     def over_last_axis(self, x: Array) -> bool:
         """Whether a statistic is over the last axis of `x` alone."""
         return self.axes == (x.ndim - 1,) and self.blocks is None

@@ -8,6 +8,9 @@ from jaxtyping import Array
 # `Hashable` alone would cover a tuple of names; the sequence says what it means.
 AxisName: TypeAlias = Hashable | Sequence[Hashable] | None
 AxisIndexGroups: TypeAlias = Sequence[Sequence[int]] | None
+# As a static field holds them.
+Names: TypeAlias = tuple[Hashable, ...]
+Groups: TypeAlias = tuple[tuple[int, ...], ...]
 Axes: TypeAlias = int | Sequence[int]
 # The symbols of `jax.export` stand for an `int`, but are none.
 Size: TypeAlias = Any

@@ -11,8 +11,7 @@ from jax.nn.initializers import ones
 from jaxtyping import Array, Inexact, PRNGKeyArray
 
 from ._axes import feature_shape, to_feature_order
-from ._checks import check_flag
-from ._dtypes import promote, result_dtype
+from ._dtypes import promote
 from ._layer import init_affine, split_key
 from ._standardize import compute
 from ._statistics import Inputs, Reduction, Settings, abs_square
@@ -85,7 +84,7 @@ class WeightNorm(AbstractWrapper[Layer]):
         `ValueError` where one of these is not as described, or a weight has no axis but
         `feature_axes`.
         """
-        name = type(self).__name__
+        check = self._check
         weights = self._set_common(
             layer,
             where,
@@ -93,14 +92,14 @@ class WeightNorm(AbstractWrapper[Layer]):
             epsilon=epsilon,
             dtype=dtype,
         )
-        use_scale = check_flag(use_scale, layer=name, argument="use_scale")
+        use_scale = check.flag(use_scale, "use_scale")
         if isinstance(scale_init, str) and (scale_init != "norm" or not use_scale):
-            raise ValueError(
-                f"{name}: `scale_init` must be an initializer, or with `use_scale=True` "
+            raise check.error(
+                f"`scale_init` must be an initializer, or with `use_scale=True` "
                 f'"norm", got {scale_init!r} and `use_scale={use_scale}`.'
             )
         number = len(weights)
-        keys = [None] * number if key is None else split_key(key, number, layer=name)
+        keys = [None] * number if key is None else split_key(key, number, check=check)
         scales = []
         for weight, key in zip(weights, keys, strict=True):
             axes, _ = self._reduction(weight)
@@ -113,7 +112,7 @@ class WeightNorm(AbstractWrapper[Layer]):
                 key,
                 scale_init=init,
                 bias_init=None,
-                layer=name,
+                check=check,
             )
             scales.append(scale)
         self.scales = tuple(scales) if use_scale else None
@@ -125,8 +124,8 @@ class WeightNorm(AbstractWrapper[Layer]):
         """The feature axes, and what lengths are over."""
         axes, others = self._axes(weight)
         if not others:
-            raise ValueError(
-                f"{type(self).__name__}: a weight of shape {weight.shape} has no axis left "
+            raise self._check.error(
+                f"a weight of shape {weight.shape} has no axis left "
                 f"to take its length over besides `feature_axes={self.feature_axes}`. "
                 "Choose others, or other weights with `where`."
             )
@@ -143,7 +142,7 @@ class WeightNorm(AbstractWrapper[Layer]):
     def _normalized(self, weight: Array, scale: Array | None) -> Array:
         axes, reduction = self._reduction(weight)
         size = max(reduction.size(weight.shape), 1)
-        dtype = result_dtype(self.dtype, weight, scale, layer=type(self).__name__)
+        dtype = self._check.dtype_of(self.dtype, weight, scale)
         wide = promote(weight.dtype, dtype, jnp.float32)
         length = jnp.ones((), wide) if scale is None else scale.astype(wide)
         settings = Settings(
@@ -172,7 +171,9 @@ class WeightNorm(AbstractWrapper[Layer]):
         return self._call(new, x, *args, key=key, **kwargs)
 
     def _scales(self) -> tuple[Array | None, ...]:
-        return (None,) * len(self.weights) if self.scales is None else self.scales
+        if self.scales is None:
+            return (None,) * len(self.weights)
+        return tuple(map(jnp.asarray, self.scales))
 
     def _evaluation(self, state: State | None) -> Iterable[Array]:
         del state

@@ -12,7 +12,7 @@ from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array
 
 from ._axes import other_axes
-from ._checks import canonicalize_axes, check_axes, check_epsilon, check_result_dtype
+from ._checks import Check
 from ._dtypes import ResultDType
 from ._names import AnswersNames
 from ._trees import find_nodes
@@ -23,7 +23,7 @@ Layer = TypeVar("Layer")
 
 
 def choose_weights(
-    layer: Any, where: Callable[[Any], Any] | None, *, wrapper: str
+    layer: Any, where: Callable[[Any], Any] | None, *, check: Check
 ) -> tuple[str, ...]:
     """The paths of the weights that `where` picks, by default all leaves called `weight`
     that have two dimensions or more.
@@ -43,8 +43,8 @@ def choose_weights(
         paths = tuple(dict.fromkeys(jax.tree.leaves(where(names))))
         wanted = "floating-point arrays for `where` to choose"
     if not paths or not all(eqx.is_inexact_array(leaves.get(path)) for path in paths):
-        raise ValueError(
-            f"{wrapper}: needs {wanted} in the layer, got {type(layer).__name__} with the "
+        raise check.error(
+            f"needs {wanted} in the layer, got {type(layer).__name__} with the "
             f"arrays {[path for path, leaf in leaves.items() if eqx.is_array(leaf)]}"
             + (f", of which `where` chose {list(paths)}." if where else ".")
             + " Choose with `where=lambda layer: ...`, as for `equinox.tree_at`."
@@ -74,32 +74,27 @@ class AbstractWrapper(AnswersNames, StatefulLayer, Generic[Layer]):
         dtype: DTypeLike | None,
     ) -> tuple[Array, ...]:
         """Sets these fields, from within a constructor, and returns the weights."""
-        name = type(self).__name__
+        check = self._check
         self.layer = layer
-        self.weights = choose_weights(layer, where, wrapper=name)
-        self.feature_axes = check_axes(feature_axes, layer=name, argument="feature_axes")
-        self.epsilon = check_epsilon(epsilon, layer=name)
-        self.dtype = check_result_dtype(dtype, layer=name)
+        self.weights = choose_weights(layer, where, check=check)
+        self.feature_axes = check.axes(feature_axes, "feature_axes")
+        self.epsilon = check.epsilon(epsilon)
+        self.dtype = check.result_dtype(dtype)
         weights = self._weights()
         self.ranks = tuple(weight.ndim for weight in weights)
         return weights
 
     def _axes(self, weight: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The feature axes of a weight, and all others."""
-        axes = canonicalize_axes(
-            self.feature_axes,
-            weight.ndim,
-            layer=type(self).__name__,
-            argument="feature_axes",
-        )
+        axes = self._check.axes_in(weight.ndim, self.feature_axes, "feature_axes")
         return axes, other_axes(axes, weight.ndim)
 
     def _weights(self) -> tuple[Array, ...]:
         leaves = {keystr(path): leaf for path, leaf in tree_leaves_with_path(self.layer)}
         if not all(hasattr(leaves.get(path), "dtype") for path in self.weights):
             arrays = [path for path, leaf in leaves.items() if hasattr(leaf, "dtype")]
-            raise ValueError(
-                f"{type(self).__name__}: the weights that were chosen when it was made are "
+            raise self._check.error(
+                f"the weights that were chosen when it was made are "
                 f"{list(self.weights)}, but now the layer has {arrays}. Wrap the new layer "
                 "anew; or, if `equinox.nn.Shared` ties a weight to another, call that "
                 "first."

@@ -45,6 +45,5 @@ def test_nan_under_the_mask(case, dtype, way):
     for a, b in zip(
         jax.tree.leaves(way(f, x)), jax.tree.leaves(way(f, clean)), strict=True
     ):
-        np.testing.assert_allclose(
-            *(np.where(hole, 0, np.asarray(v, np.float32)) for v in (a, b)), atol=1e-5
-        )
+        a, b = (np.where(hole, 0, np.asarray(v, np.float32)) for v in (a, b))
+        np.testing.assert_allclose(a, b, atol=1e-5)

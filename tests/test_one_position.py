@@ -18,7 +18,7 @@ from .helpers import normal
 
 InstanceNorm = partial(en.InstanceNorm, 4)
 Single = partial(en.GroupNorm, 4, 4)
-REFUSE = pytest.mark.parametrize("make", [InstanceNorm, Single], ids=["Instance", "Group"])
+REFUSE = pytest.mark.parametrize("make", [InstanceNorm], ids=["Instance"])
 MATCH = (
     "^{}: needs more than one position for each mean and variance, got an input of shape"
 )
@@ -46,8 +46,6 @@ def test_refused(make, masked, shape):
 
 def test_remedies():
     x = normal(0, (2, 1, 1, 4))
-    with pytest.raises(ValueError, match=r"\(2, 1, 1, 4\).*Use fewer groups, or leave"):
-        Single()(x)
     with pytest.raises(ValueError, match="Give an input of more positions, or leave the"):
         InstanceNorm()(x)
     y = en.GroupNorm(4, 2, epsilon=0.0)(x)
@@ -98,7 +96,8 @@ def test_symbolic_sizes(make):
 
 
 def test_pytorch():
-    """It refuses one position in InstanceNorm, and in GroupNorm for one example."""
+    """It refuses one position in InstanceNorm, and in GroupNorm for one example; of more
+    examples it is the bias."""
     torch = pytest.importorskip("torch")
     for module, x in (
         (torch.nn.InstanceNorm2d(4), torch.ones(2, 4, 1, 1)),
@@ -108,6 +107,18 @@ def test_pytorch():
             module(x)
     y = torch.nn.LayerNorm(1)(torch.ones(2, 1))
     np.testing.assert_array_equal(y.detach(), np.zeros((2, 1)))
+    y = torch.nn.GroupNorm(4, 4)(torch.ones(2, 4, 1, 1))
+    np.testing.assert_array_equal(y.detach(), np.zeros((2, 4, 1, 1)))
+
+
+def test_group_norm_of_one_feature_a_group():
+    """As in PyTorch's batches, in Flax and Equinox: models that have it go on to run."""
+    x = normal(0, (2, 1, 1, 4))
+    bias = jnp.arange(4.0)
+    wanted = jnp.broadcast_to(bias, x.shape)
+    np.testing.assert_allclose(Single()(x, bias=bias), wanted, atol=1e-6)
+    theirs = jax.vmap(eqx.nn.GroupNorm(4, 4))(jnp.moveaxis(x, -1, 1))
+    np.testing.assert_allclose(theirs, jnp.zeros((2, 4, 1, 1)), atol=1e-6)
 
 
 ONE = [

@@ -235,7 +235,7 @@ LEFT = {
         r"needs `feature_axes=\(-2, -1\)`.* has `feature_axes=\(-1, -2\)`",
     ),
     "fewer reduced": (
-        lambda: en.LayerNorm((3, 5), feature_axes=(-2, -1)),
+        lambda: en.LayerNorm((3, 5), reduction_axes=-1, feature_axes=(-2, -1)),
         "reduction_axes",
     ),
     "more reduced": (lambda: en.RMSNorm(5, reduction_axes=(-2, -1)), "reduction_axes"),
@@ -332,7 +332,8 @@ def mixed():
     )
 
 
-@pytest.mark.parametrize("steps", [0, 2])
+# (Vectors that were never of length one are normalised here, and not in Equinox.)
+@pytest.mark.parametrize("steps", [1, 3])
 def test_there_and_back(steps):
     """A model of Equinox, to this library and back, in evaluation up to the rounding of its
     debiased averages. A file of the restored model loads into the one that was there."""

@@ -472,6 +472,7 @@ def spectral_weights(baked):
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_converges_in_any_model(make):
+    model: Any
     model, state = eqx.nn.make_with_state(make)()
     model = jax.tree.map(
         lambda a: a + normal(5, a.shape) if eqx.is_inexact_array(a) else a, model

@@ -11,7 +11,7 @@ from flax import nnx
 
 import eqx_norms as en
 
-from .helpers import float64, normal
+from .helpers import WRAPPERS, call, float64, normal, over
 
 
 KEY = jax.random.key(0)
@@ -301,3 +301,27 @@ def test_bad_arguments():
         ValueError, match=r"WeightNorm: `dtype` must be a floating or complex"
     ):
         en.WeightNorm(linear, dtype=jnp.int32)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (5, 0)], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"feature_axes": None}, {"scale_init": "norm"}])
+def test_a_weight_of_size_zero(shape, settings):
+    layer = eqx.nn.Linear(shape[0], shape[1], key=KEY)
+    norm = en.WeightNorm(layer, **settings)
+    x = jnp.ones(shape[0])
+    np.testing.assert_array_equal(norm(x), layer.bias)
+    grads = eqx.filter_grad(lambda norm: jnp.sum(norm(x)))(norm)
+    assert all(np.all(np.isfinite(grad)) for grad in jax.tree.leaves(grads))
+
+
+@over(*WRAPPERS)
+def test_numpy_leaves(case):
+    """As some checkpoints give them back."""
+    layer, state = case.build(4)
+    x = normal(1, (4,))
+    there = jax.tree.map(lambda a: np.asarray(a) if eqx.is_array(a) else a, (layer, state))
+    np.testing.assert_allclose(call(*there, x), call(layer, state, x), rtol=1e-6)
+    baked, expected = (en.bake(*both) for both in (there, (layer, state)))
+    if state is not None:
+        (baked, _), (expected, _) = baked, expected
+    np.testing.assert_allclose(baked.weight, expected.weight, rtol=1e-6)

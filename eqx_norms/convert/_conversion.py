@@ -9,6 +9,7 @@ import equinox as eqx
 from equinox.nn import Shared, State, StateIndex
 from jax.tree_util import GetAttrKey
 
+from .._checks import Check
 from .._layer import AbstractNorm
 from .._state import get_state, initial_state, markers, remaining, with_entries
 from .._trees import (
@@ -120,7 +121,7 @@ class Conversion:
     def read(self, index: StateIndex) -> Any:
         try:
             if self.state is not None:
-                return get_state(self.state, index, layer=self.package)
+                return get_state(self.state, index, check=Check(self.package))
             return initial_state(index)
         except ValueError as error:
             why = str(error) if self.state is not None else self.needs_state

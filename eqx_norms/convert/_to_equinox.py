@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from .._checks import as_tuple
-from .._dtypes import promote, result_dtype
+from .._dtypes import promote
 from .._instance_norm import InstanceNorm
 from .._layer import AbstractNorm
 from .._rms_norm import RMSNorm
@@ -165,18 +165,18 @@ def _require(layer: Any, **wanted: Any) -> None:
             ", ".join(f"`{name}={value!r}`" for name, value in settings.items())
             for settings in (wanted, found)
         )
-        raise ValueError(
-            f"{type(layer).__name__}: needs {wants}, which is what `equinox.nn` computes "
+        raise layer._check.error(
+            f"needs {wants}, which is what `equinox.nn` computes "
             f"for one example, has {has}."
         )
 
 
 def _require_dtype(layer: Any, dtype: Any, x: Any, *others: Array | None) -> None:
     """Whether a result for `x` has the dtype that Equinox's layer gives it."""
-    result = result_dtype(layer.dtype, x, *others, layer=type(layer).__name__)
+    result = layer._check.dtype_of(layer.dtype, x, *others)
     if result != dtype:
-        raise ValueError(
-            f"{type(layer).__name__}: with `dtype={layer.dtype}` it gives {result} for "
+        raise layer._check.error(
+            f"with `dtype={layer.dtype}` it gives {result} for "
             f"{x.dtype}, the layer of `equinox.nn` {dtype}. Make it with another `dtype`."
         )
 
@@ -184,9 +184,8 @@ def _require_dtype(layer: Any, dtype: Any, x: Any, *others: Array | None) -> Non
 def _require_positive(layer: Any, values: Array, what: str) -> None:
     # Under `jax.jit` nobody knows.
     if not isinstance(values, Tracer) and not jnp.all(values > 0):
-        raise ValueError(
-            f"{type(layer).__name__}: a weight has {what} zero, by which `equinox.nn` "
-            "divides."
+        raise layer._check.error(
+            f"a weight has {what} zero, by which `equinox.nn` divides."
         )
 
 
@@ -277,16 +276,14 @@ def _batch_norm(layer: Any, path: KeyPath, conversion: _ToEquinox) -> eqx.nn.Bat
 def _weight_of(layer: Any) -> tuple[str, Array]:
     """The name of the weight that a wrapper works on, and that weight."""
     (path, *others), (weight, *_) = layer.weights, layer._weights()
-    name = type(layer).__name__
-    name = type(layer).__name__
     if others or not re.fullmatch(r"\.\w+", path) or is_stateful(layer.layer):
-        raise ValueError(
-            f"{name}: that of `equinox.nn` has one weight, a field of a layer without a "
+        raise layer._check.error(
+            f"that of `equinox.nn` has one weight, a field of a layer without a "
             f"state, this one {list(layer.weights)} of a {type_name(layer.layer)}."
         )
     if weight.ndim != layer.ranks[0]:
-        raise ValueError(
-            f"{name}: these are several, made under `equinox.filter_vmap`. Convert them "
+        raise layer._check.error(
+            "these are several, made under `equinox.filter_vmap`. Convert them "
             "under it too."
         )
     return path[1:], weight
@@ -306,8 +303,6 @@ def _weight_norm(layer: Any, path: KeyPath, conversion: _ToEquinox) -> eqx.nn.We
     _require_dtype(
         layer, promote(weight, weight if scale is None else scale), weight, scale
     )
-    # One, where epsilon is lost in the sum's rounding.
-    ratio = jnp.sqrt(square / (square + layer.epsilon))
     # One, where epsilon is lost in the sum's rounding.
     ratio = jnp.sqrt(square / (square + layer.epsilon))
     g = jnp.ones_like(square, weight.dtype) if scale is None else scale
