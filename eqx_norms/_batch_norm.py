@@ -135,8 +135,8 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             where the gradients of `k` calls are accumulated to one step of the optimizer,
             `momentum ** (1 / k)` makes `k` calls forget as much as one did.
         - `epsilon`: added to the variance. Not negative. If it is zero, and the variance is
-            no larger than what the rounding of the mean can cause, the normalised values
-            are zeros, and the result is the bias.
+            no larger than what rounding can cause, the normalised values are zeros, and the
+            result is the bias.
         - `param_dtype`: of scale and bias. The running statistics are at least float32.
             Complex input needs a complex one, for the running mean.
         - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap`

@@ -55,10 +55,12 @@ class LayerNorm(AbstractAxesNorm):
         """**Arguments:**
 
         - `num_features`: the size of the feature axis, or a tuple with the size of each, in
-            the order of `feature_axes`.
+            the order of `feature_axes`. Where features are split over `axis_name`: how many
+            this member has inside `jax.vmap`; how many there are in all inside
+            `jax.shard_map`, whose specifications split scale and bias.
         - `epsilon`: added to the variance. Not negative. If it is zero, and the variance is
-            no larger than what the rounding of the mean can cause, the normalised values
-            are zeros, and the result is the bias.
+            no larger than what rounding can cause, the normalised values are zeros, and the
+            result is the bias.
         - `dtype`: the dtype of the result. By default what `x`, scale and bias promote to,
             float32 if these are all integers or booleans; for `"input"` that of `x`,
             float32 if it is an integer or a boolean.
@@ -75,18 +77,11 @@ class LayerNorm(AbstractAxesNorm):
         - `axis_index_groups`: lists of indices along the axis `axis_name`, which must be
             one name. The lists have one length, and each index is in exactly one of them.
             Each list is a group, with statistics of its own.
-        - `use_fast_variance`: whether to compute the variance from `x - shift` in place of
-            `x - mean`, which reads `x` once less. The shift is the mean of a few entries of
-            `x`. Along the last axis, if it is reduced, these are eight entries from the
-            middle on; along any other reduced axis it is the middle entry, but along axis 0
-            of a batch for [`eqx_norms.BatchNorm`][] the first. The layer uses `x - mean` in
-            spite of this setting if there is a `mask`; if the type of `x` says that a
-            reduced axis is split over devices; and if the statistics are over the last axis
-            alone, are not differentiated, and no mesh axis is in `axis_name`. Of float32
-            data of mean $m$ and deviation 1, the result is off by at most
-            $3 \\cdot 10^{-7} m + 2 \\cdot 10^{-5}$; the rounding of the data itself makes
-            $6 \\cdot 10^{-8} m$ of that. A shift that is $k$ deviations away from the mean
-            costs the variance about $k^2$ roundings.
+        - `use_fast_variance`: whether the variance may be computed about the mean of a few
+            entries of `x`, not about that of all. This reads `x` once less. The result is
+            as exact, but for outliers: where these entries are $k$ deviations away from the
+            mean, the variance loses about $k^2$ roundings.
+            [How it works](../how-it-works.md#the-shift) says which entries they are.
         - `scale_offset`: added to the scale, the layer's or that of the call, in the
             precision of the statistics. Without a scale it has no effect.
         - `key`: a `jax.random` key for the initializers, if they need one.
