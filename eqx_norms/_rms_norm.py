@@ -55,13 +55,11 @@ class RMSNorm(AbstractAxesNorm):
     ):
         """**Arguments:**
 
-        - `num_features`: the size of the feature axis, or a tuple with the size of each, in
-            the order of `feature_axes`.
         - `epsilon`: added to the mean square. Not negative. If it is zero, and the mean
             square is below the smallest normal number, the result is zeros.
-        - `dtype`, `param_dtype`, `use_scale`, `scale_init`, `reduction_axes`,
-            `feature_axes`, `axis_name`, `axis_index_groups`, `scale_offset`, `key`: as in
-            [`eqx_norms.LayerNorm`][].
+        - `num_features`, `dtype`, `param_dtype`, `use_scale`, `scale_init`,
+            `reduction_axes`, `feature_axes`, `axis_name`, `axis_index_groups`,
+            `scale_offset`, `key`: as in [`eqx_norms.LayerNorm`][].
         - `use_fast_variance`: for the sake of Flax's interface. There is no mean to
             subtract, so `x` is read once either way.
 
