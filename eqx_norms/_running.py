@@ -91,9 +91,8 @@ def get_stats(
 
 
 def warn_if_new(stats: Any, *, check: Check) -> None:
-    """For running statistics that no batch has entered. What was loaded from elsewhere may
-    have a count of zero too, but not what a layer starts with. Nothing is said of values
-    that are traced, or split over devices."""
+    """For running statistics that no batch has entered. Those of Flax have a count of zero
+    too, but not the mean and variance of the start. Nothing is said of what is traced."""
 
     def is_all(array: Any, value: int) -> bool:
         if isinstance(array, Tracer):

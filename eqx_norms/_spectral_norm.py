@@ -213,14 +213,6 @@ class SpectralNorm(AbstractWrapper[Layer]):
         u, v = shard_like(stats.u, old.u), shard_like(stats.v, old.v)
         return SpectralStats(u, v, sigma)
 
-    def _anew(
-        self, state: State, accuracy: float, max_steps: int
-    ) -> tuple[SpectralStats, ...]:
-        """What is stored, converged for the weights as they are."""
-        stats = self.spectral_stats(state)
-        find = ft.partial(self._converged, accuracy, max_steps)
-        return tuple(map(ft.partial(over_stacks, find), self._weights(), self.ranks, stats))
-
     def _converged(
         self, accuracy: float, max_steps: int, weight: Array, old: SpectralStats
     ) -> SpectralStats:
@@ -347,14 +339,13 @@ def converge_spectral_norms(
 
     **Arguments:**
 
-    - `model`: any PyTree, a single layer included, in training or in evaluation. Layers
-        that were made under `equinox.filter_vmap` count each. What a wrapper within another
-        is called with is its weight.
+    - `model`: any PyTree, a single layer included. Layers that were made under
+        `equinox.filter_vmap` count each.
     - `state`: the model's `equinox.nn.State`. It stays usable.
-    - `accuracy`: see above; at least 8 times the rounding error of the vectors' dtype.
-    - `max_steps`: how many steps to take at most, in tens. After ten thousand $\sigma$ is
-        too small by a thousandth at worst, where the largest singular values are many and
-        near each other.
+    - `accuracy`: see above. Less than 8 times the `eps` of the vectors' dtype is that.
+    - `max_steps`: how many steps to take at most, rounded up to tens. Many are needed where
+        the largest singular values are near each other; after ten thousand $\sigma$ is
+        most often within a thousandth even then.
 
     **Returns:**
 
@@ -370,11 +361,9 @@ def converge_spectral_norms(
     !!! example
 
         ```python
-        linear = eqx.nn.Linear(3, 4, key=jax.random.key(0))
-        layer, state = eqx.nn.make_with_state(en.SpectralNorm)(
-            linear, key=jax.random.key(1)
-        )
-        layer = eqx.tree_at(lambda layer: layer.layer.weight, layer, jnp.ones((4, 3)))
+        key = jax.random.key(0)
+        linear = eqx.nn.Linear(3, 4, key=key)
+        layer, state = eqx.nn.make_with_state(en.SpectralNorm)(linear, key=key)
         state = en.converge_spectral_norms(layer, state)
         ```
     """
@@ -394,7 +383,9 @@ def converge_spectral_norms(
             return visit(node(), state)
         if isinstance(node, SpectralNorm):
             found.append(node)
-            state = set_state(state, node.state_index, node._anew(state, *how))
+            converged = ft.partial(over_stacks, ft.partial(node._converged, *how))
+            stats = map(converged, node._weights(), node.ranks, node.spectral_stats(state))
+            state = set_state(state, node.state_index, tuple(stats))
         if isinstance(node, AbstractWrapper):
             return visit(node._baked(state), state)
         for _, child in children(node):
