@@ -32,7 +32,7 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 def make_data() -> dict[str, np.ndarray]:
     """In float64, one statistic a row."""
     z = np.random.default_rng(0).standard_normal(SHAPE)
-    data = {f"mean {mean:g}": mean + z for mean in (0.0, 2.0, 1e2, 1e3, 1e4, 1e5)}
+    data = {f"mean {mean:g}": mean + z for mean in (0.0, 2.0, 1e2, 1e3, 1e4, 1e5, 1e6)}
     data["deviation 1e-3"] = 1e-3 * z
     data["deviation 1e3"] = 1e3 * z
     outlier = z.copy()
