@@ -91,7 +91,7 @@ def way(text: str) -> Way:
 
 @ft.cache
 def mesh(dims):
-    return make_mesh(**{d: SIZES[d] for d in dims})
+    return make_mesh(AxisType.Auto, **{d: SIZES[d] for d in dims})
 
 
 def without(label, dims):

@@ -59,10 +59,11 @@ def test_four_devices_give_the_loss_of_one(script, tmp_path, monkeypatch):
     norm, accuracy, _, first_epoch_loss, *_ = row.split()
     assert norm == "batch"
 
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     with jax.numpy_dtype_promotion("standard"):  # Optax is not strict
         one = script.train("batch", *script.load_data(), devices=1, epochs=1, seed=0)
-    assert "12/12" in sys.stderr.getvalue()
+    assert "12/12" in terminal.getvalue()
     # Running statistics of use from the first epoch on.
     assert float(accuracy.rstrip("%")) > 50
     assert float(first_epoch_loss) == pytest.approx(one.loss[0].mean(), abs=1e-3)

@@ -16,7 +16,7 @@ from jax import Array
 import eqx_norms as en
 
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4)), jnp.float32)
+X = jax.random.normal(jax.random.key(0), (2, 4, 4))
 
 
 def test_an_array_or_a_pair():
