@@ -91,7 +91,9 @@ def _init(
 
 class AbstractNorm(AnswersNames, eqx.Module):
     """What `BatchNorm`, `LayerNorm`, `RMSNorm`, `GroupNorm` and `InstanceNorm` are derived
-    from, to tell them from other layers: scale, bias, and the settings that each has.
+    from, to tell them from other layers: scale, bias, and the settings that each has. A
+    norm of your own that is derived from it needs a `__call__`, and these fields, which
+    `super().__init__` sets.
 
     [`eqx_norms.WeightNorm`][] and [`eqx_norms.SpectralNorm`][] are none of these: in them
     are the weights of other layers.
@@ -186,9 +188,9 @@ class AbstractNorm(AnswersNames, eqx.Module):
         """What the layer calls its feature axes, and which they are."""
         return self._arguments[0], as_tuple(getattr(self, self._arguments[0]))
 
-    @abstractmethod
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
         """What the statistics of an input of this shape are over."""
+        raise NotImplementedError  # A norm of a user's own may do without.
 
     def _prepare(
         self,

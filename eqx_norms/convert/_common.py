@@ -13,13 +13,15 @@ from .._batch_norm import BatchNorm
 from .._checks import Check, as_tuple
 from .._dtypes import cast, promote, real_dtype
 from .._kinds import type_name
-from .._layer import AbstractNorm
+from .._layer import AbstractExampleNorm, AbstractNorm
 from .._rms_norm import RMSNorm
 from .._running import RunningStats
 from .._types import Shape
 
 
 T = TypeVar("T", bound=AbstractNorm)
+# Of a user's own class nobody knows which axes the features are along.
+LAYERS = (BatchNorm, AbstractExampleNorm)
 
 
 def check_entries(
@@ -111,7 +113,7 @@ def with_state(layer: Any) -> Any:
 
 def contents(layer: Any, state: State | None, check: Check) -> dict[str, Array]:
     """All arrays of a layer and its state, in the order of the input's axes."""
-    if not isinstance(layer, AbstractNorm):
+    if not isinstance(layer, LAYERS):
         raise check.error(
             "needs a `BatchNorm`, `LayerNorm`, `RMSNorm`, `GroupNorm` or `InstanceNorm` of "
             f"eqx_norms, got {type_name(layer)}."

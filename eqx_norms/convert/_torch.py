@@ -17,6 +17,7 @@ from .._rms_norm import RMSNorm
 from .._types import AxisName
 from .._wrapped import AbstractWrapper
 from ._common import (
+    LAYERS,
     as_num_features,
     axes_order,
     check_entries,
@@ -217,7 +218,7 @@ def _fill(like: Any, entries: Mapping[str, Any]) -> Any:
     """A layer like another one, with what is in a state dict."""
     if isinstance(like, AbstractWrapper):
         return fill_weights(like, entries)
-    if not isinstance(like, AbstractNorm):
+    if not isinstance(like, LAYERS):
         raise ValueError(
             f"from_torch: `like` must be a layer of eqx_norms, got {type_name(like)}."
         )
