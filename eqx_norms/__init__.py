@@ -17,6 +17,8 @@ from ._running import RunningStats as RunningStats
 from ._shard_map import filter_shard_map as filter_shard_map
 from ._spectral_norm import SpectralNorm as SpectralNorm
 from ._spectral_norm import SpectralStats as SpectralStats
+from ._standardize import Moments as Moments
+from ._standardize import moments as moments
 from ._standardize import standardize as standardize
 from ._weight_norm import WeightNorm as WeightNorm
 from .convert import replace_norms as replace_norms

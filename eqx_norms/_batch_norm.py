@@ -10,10 +10,10 @@ from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 from ._axes import other_axes
 from ._checks import check_axes, check_flag, check_momentum
 from ._layer import AbstractNorm
-from ._normalize import normalize
-from ._running import RunningStats, Step, get_stats, init_stats, update
+from ._running import PooledStats, RunningStats, Step, get_stats, init_stats, update
+from ._standardize import compute
 from ._state import check_precision, get_state, needs_state, set_state
-from ._statistics import Moments, Reduction
+from ._statistics import Reduction, Statistics
 from ._trees import find_nodes, map_nodes
 from ._types import (
     AnyArray,
@@ -78,6 +78,11 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         Flax's `nnx.BatchNorm`.
     """
 
+    _arguments: ClassVar[tuple[str, ...]] = ("axis",)
+    _alone: ClassVar[str] = (
+        "For training give a larger batch, or leave out a last batch of one; or evaluate "
+        "with `equinox.nn.inference_mode`."
+    )
     _remedy: ClassVar[str] = (
         "Give a batch; or, for one example inside `jax.vmap(..., axis_name='batch')`, make "
         "the layer with `axis_name='batch'`."
@@ -198,9 +203,10 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         - `x`: an array of any rank.
         - `state`: the model's `equinox.nn.State`, which holds the running statistics.
         - `use_running_average`: if given, takes the place of the field `inference`.
-        - `mask`: boolean, broadcastable to `x`. Where it is `False`, `x` does not count for
-            mean and variance, whatever it holds. It is normalised all the same; what is not
-            finite there counts as zero. Where nothing counts, the bias comes out.
+        - `mask`: boolean, broadcastable to `x`: `mask[..., None]` if it has no axis of
+            features. Where it is `False`, `x` does not count for mean and variance,
+            whatever it holds. It is normalised all the same; what is not finite there
+            counts as zero. Where nothing counts, the bias comes out.
         - `scale`, `bias`: arrays that are added, for this call, to the layer's own scale
             and bias, or used alone if the layer has none. One of the feature shape is laid
             along the feature axes; one of another shape is broadcast to `x`.
@@ -221,10 +227,19 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         running = get_stats(
             state, self.state_index, self._features(), self.axis, layer=name
         )
-        inputs, settings = self._check(x, mask, scale, bias, running.mean.shape)
-        if self._evaluates(use_running_average):
-            given = Moments(running.mean, running.var)
-            return normalize(settings, inputs._replace(moments=given))[0], state
+        evaluates = self._evaluates(use_running_average)
+        settings, inputs = self._prepare(
+            x,
+            mask,
+            scale,
+            bias,
+            running.mean.shape,
+            given=Statistics(running.mean, None, running.var) if evaluates else None,
+            # What is pooled over a data set may have a batch of one at its end.
+            may_be_alone=mask is not None or isinstance(running, PooledStats),
+        )
+        if evaluates:
+            return compute(settings, inputs)[0], state
 
         check_precision(running, layer=name)
         if jnp.iscomplexobj(inputs.x) and not jnp.iscomplexobj(running.mean):
@@ -233,21 +248,10 @@ class BatchNorm(AbstractNorm, StatefulLayer):
                 f"that of complex input of dtype {inputs.x.dtype}. Give the layer a "
                 "complex `param_dtype`."
             )
-        members = self._members(settings, inputs.x)
-        size = settings.reduction.size(inputs.x.shape) * members.size
-        # What is pooled over a data set may have a batch of one at its end.
-        if size == 1 and inputs.mask is None and isinstance(running, RunningStats):
-            raise ValueError(
-                f"{name}: training needs more than one position for each feature, got an "
-                f"input of shape {inputs.x.shape} with features along "
-                f"`axis={settings.feature_axes}`. A single one has no variance. Give a "
-                "larger batch, leave out a last batch of one, or evaluate with "
-                "`equinox.nn.inference_mode`."
-            )
-        y, batch = normalize(settings, inputs._replace(members=members))
+        y, batch = compute(settings._replace(returns_statistics=True), inputs)
         step = Step(
             feature_axes=settings.feature_axes,
-            size=size,
+            size=settings.reduction.size(inputs.x.shape) * inputs.members.size,
             grouped=self.axis_index_groups is not None,
             momentum=self.momentum,
             unbiased=self.use_unbiased_variance,
@@ -263,9 +267,6 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             argument, flag = "inference", self.inference
         frozen = check_flag(self.frozen, layer=name, argument="frozen")
         return frozen or check_flag(flag, layer=name, argument=argument)
-
-    def _layout(self) -> tuple[str, tuple[int, ...]]:
-        return "axis", self.axis
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
         return Reduction(other_axes(feature_axes, len(shape)), example_axis=0)

@@ -1,5 +1,6 @@
 """Arguments checked, and made canonical: hashable, as a static field must be."""
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -41,6 +42,12 @@ def check_integers(values: Axes, *, layer: str, argument: str) -> tuple[int, ...
             f"{layer}: `{argument}` must be an integer, or a tuple of integers, got "
             f"{values!r}."
         ) from None
+
+
+def assign(arguments: Sequence[str], axes: Sequence[int]) -> str:
+    """How to name axes in a call."""
+    value = axes[0] if len(axes) == 1 else tuple(axes)
+    return f"`{', '.join(f'{argument}={value}' for argument in arguments)}`"
 
 
 def check_axes(axes: Axes, *, layer: str, argument: str) -> tuple[int, ...]:
@@ -88,10 +95,48 @@ def example_axes(
     return other_axes((*batch, *feature_axes), ndim)
 
 
+def check_features(
+    features: Shape,
+    shape: Shape,
+    axes: tuple[int, ...],
+    names: Sequence[str],
+    *,
+    layer: str,
+):
+    """`names` are the arguments that say along which axes the features are."""
+    received = feature_shape(shape, axes)
+    if received != features:
+        remedy = f"that `{names[0]}` says where the features are"
+        others = [axis for axis, size in enumerate(shape) if (size,) == features]
+        if len(others) == 1:
+            remedy = f"for features along axis {others[0]} give {assign(names, others)}"
+        raise ValueError(
+            f"{layer}: expected features of shape {features} along `{names[0]}={axes}`, "
+            f"got {received} in an input of shape {shape}. Check `num_features`, and "
+            f"{remedy}."
+        )
+
+
+def check_reduction_axes(
+    axes: Axes | None, feature_axes: tuple[int, ...], *, layer: str
+) -> tuple[int, ...]:
+    """By default the last axis, where the features are along that too."""
+    # For other feature axes alone, Flax reduces the last axis all the same, and PyTorch the
+    # axes of its parameters. Either would be wrong, in silence, for who expects the other.
+    if axes is None and feature_axes != (-1,):
+        raise ValueError(
+            f"{layer}: `feature_axes={feature_axes}` needs `reduction_axes` too, the axes "
+            f"that statistics are over. Give `reduction_axes={feature_axes}` for the same, "
+            "as in PyTorch, or `reduction_axes=-1` for the last alone, Flax's default."
+        )
+    axes = feature_axes if axes is None else axes
+    return check_axes(axes, layer=layer, argument="reduction_axes")
+
+
 def check_reduction(
     reduction: Reduction, names: Names | None, shape: Shape, *, layer: str, remedy: str
 ):
-    if not reduction.axes and reduction.groups is None and names is None:
+    if not reduction.axes and reduction.blocks is None and names is None:
         raise ValueError(
             f"{layer}: no axis left to take statistics over in an input of shape {shape}. "
             f"{remedy}"
@@ -99,14 +144,22 @@ def check_reduction(
 
 
 def check_num_features(
-    num_features: int | tuple[int, ...], feature_axes: tuple[int, ...], *, layer: str
+    num_features: int | tuple[int, ...],
+    feature_axes: tuple[int, ...],
+    names: Sequence[str] = (),
+    *,
+    layer: str,
 ) -> Shape:
-    """The feature shape, in the order of `feature_axes`."""
+    """The feature shape, in the order of `feature_axes`; `names` are the arguments that say
+    which these are, where there may be several."""
     shape = check_integers(num_features, layer=layer, argument="num_features")
     if len(shape) != len(feature_axes):
+        more = names and len(shape) > len(feature_axes)
+        last = assign(names, range(-len(shape), 0)) if more else ""
         raise ValueError(
             f"{layer}: `num_features` must have one size for each feature axis, got "
-            f"{num_features} for the axes {feature_axes}. Give as many sizes as axes."
+            f"{num_features} for the axes {feature_axes}. Give as many sizes as axes"
+            f"{': for the last ones ' if last else ''}{last}."
         )
     if any(size < 1 for size in shape):
         raise ValueError(
@@ -267,14 +320,37 @@ def check_mask(mask: Array, *, layer: str):
 
 def check_broadcasts(array: Array, x: Array, *, layer: str, argument: str):
     # Size by size: `numpy.broadcast_shapes` refuses the symbolic sizes of `jax.export`.
-    trailing = x.shape[x.ndim - array.ndim :]
-    if array.ndim > x.ndim or not all(
-        own in (1, size) for own, size in zip(array.shape, trailing, strict=True)
-    ):
+    def fits(axes: Sequence[int]) -> bool:
+        sizes = zip(array.shape, axes, strict=True)
+        return all(own in (1, x.shape[axis]) for own, axis in sizes)
+
+    if array.ndim > x.ndim or not fits(range(x.ndim - array.ndim, x.ndim)):
+        # Which axes would fit: the first ones, if they do.
+        axes = next(filter(fits, itertools.combinations(range(x.ndim), array.ndim)), ())
+        rest = range(min(axes, default=0), x.ndim)
+        index = [":" if axis in axes else "None" for axis in rest]
+        remedy = f"`{argument}[..., {', '.join(index).lstrip(', :')}]`, for example"
         raise ValueError(
             f"{layer}: `{argument}` of shape {array.shape} does not broadcast to the "
-            f"input's shape {x.shape}. Give it axes of size 1 where it is to be repeated: "
-            f"`{argument}[:, None]`, for example."
+            f"input's shape {x.shape}. Give it axes of size 1 where it is to be repeated"
+            f"{': ' + remedy if axes else ''}."
+        )
+
+
+def check_mask_axes(mask: Array | None, shape: Shape, reduction: Reduction, *, layer: str):
+    """Refuses a mask that fits the first axes as well as the last ones, where it belongs,
+    if there it is the same for all that a statistic is over: it was meant for the first.
+    (A mask of features is of use in a `LayerNorm`, for as many examples too.)"""
+    missing = 0 if mask is None else len(shape) - mask.ndim
+    if mask is None or not missing or mask.shape != shape[:-missing]:
+        return
+    varies = {missing + axis for axis, size in enumerate(mask.shape) if size != 1}
+    if varies and varies.isdisjoint((*reduction.axes, *(reduction.blocks or ())[:1])):
+        nones = ", ".join(["None"] * missing)
+        raise ValueError(
+            f"{layer}: `mask` of shape {mask.shape} fits the first axes of the input's "
+            f"shape {shape} and the last. Write `mask[..., {nones}]` for the first, as for "
+            f"a mask of positions, or `mask[{nones}]` for the last."
         )
 
 
@@ -306,15 +382,15 @@ def split_key(key: PRNGKeyArray, number: int, *, layer: str) -> list[PRNGKeyArra
 def check_inputs(
     x: Array,
     mask: Any,
-    scale: tuple[Any, Any],
-    bias: tuple[Any, Any],
+    scale: tuple[Any, ...],
+    bias: tuple[Any, ...],
     *,
     feature_axes: tuple[int, ...],
     dtype: ResultDType,
     layer: str,
 ) -> tuple[Inputs, np.dtype]:
     """The arrays of a call, checked, and the dtype of its result. Of the scales and biases
-    the first is the layer's own, the second that of the call."""
+    the last is that of the call, and what is before it the layer's own."""
 
     def optional(argument: str, *values: Any) -> tuple[Array | None, ...]:
         return tuple(
@@ -328,8 +404,9 @@ def check_inputs(
         check_mask(mask, layer=layer)
         check_broadcasts(mask, x, layer=layer, argument="mask")
     features = feature_shape(x.shape, feature_axes)
-    for argument, (_, given) in (("scale", scales), ("bias", biases)):
-        if given is not None and given.shape != features:
-            check_broadcasts(given, x, layer=layer, argument=argument)
+    for argument, terms in (("scale", scales), ("bias", biases)):
+        for term in terms[-1:]:
+            if term is not None and term.shape != features:
+                check_broadcasts(term, x, layer=layer, argument=argument)
     dtype = result_dtype(dtype, x, *scales, *biases, layer=layer)
     return Inputs(x, mask, scales, biases), dtype

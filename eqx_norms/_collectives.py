@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from ._sharding import explicit_mesh
 from ._types import Size
 from ._vmapped import vmapped_first, vmapped_index, vmapped_sum
 
@@ -107,8 +108,8 @@ def _vmapped_index(name: Hashable, x: Array) -> Array:
     Without `jax.set_mesh` JAX puts an index on no mesh. But a `vmap` over an axis that is
     split over devices on an `Explicit` mesh splits all that it batches.
     """
-    mesh = jax.typeof(x).sharding.mesh
-    if AxisType.Explicit not in mesh.axis_types or jax.sharding.get_abstract_mesh().shape:
+    mesh = explicit_mesh(x)
+    if mesh is None or jax.sharding.get_abstract_mesh().shape:
         return lax.axis_index(name)
     return _index_on_mesh(name, mesh, x)
 

@@ -1,4 +1,5 @@
 import math
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ class GroupNorm(AbstractExampleNorm):
     The features are divided into groups of neighbours. The expectations are over a group
     and over all axes but `batch_axes`; the scale $\gamma$ and the bias $\beta$ have one
     entry for each feature. With `axis_name` the expectations are over that named axis as
-    well, for space that is split over it.
+    well, for space that is split over it. A mean of one number alone, one feature at one
+    position, is refused: the result would be the bias.
 
     By default the first axis is the batch. An array does not say whether it has one: for
     one example without `batch_axes=()` its first axis is taken for the batch.
@@ -47,6 +49,9 @@ class GroupNorm(AbstractExampleNorm):
         [Group Normalization](https://arxiv.org/abs/1803.08494), with the parameters of
         Flax's `nnx.GroupNorm`, and `feature_axis` and `batch_axes`.
     """
+
+    _arguments: ClassVar[tuple[str, ...]] = ("feature_axis",)
+    _alone: ClassVar[str] = "Use fewer groups, or leave the layer out."
 
     num_groups: int = eqx.field(static=True)
     reduction_axes: tuple[int, ...] | None = eqx.field(static=True)
@@ -112,7 +117,8 @@ class GroupNorm(AbstractExampleNorm):
             raise ValueError(
                 f"{name}: `num_features={num_features}` cannot be divided evenly by "
                 f"`num_groups={num_groups}`, `group_size={group_size}`. Give a positive "
-                f"number that divides it, {math.gcd(size, divisor)} for example."
+                f"number that divides it, {math.gcd(size, divisor)} for example. The "
+                "features come first, then the groups: the reverse of PyTorch and Equinox."
             )
         self.num_groups = size // divisor if num_groups is None else divisor
         self.reduction_axes = (
@@ -138,9 +144,6 @@ class GroupNorm(AbstractExampleNorm):
             scale_offset=scale_offset,
             key=key,
         )
-
-    def _layout(self) -> tuple[str, tuple[int, ...]]:
-        return "feature_axis", (self.feature_axis,)
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
         name, axes = type(self).__name__, self.reduction_axes

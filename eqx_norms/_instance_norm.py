@@ -20,7 +20,8 @@ class InstanceNorm(AbstractExampleNorm):
     The expectations are over all axes but `batch_axes` and `feature_axes`, usually those of
     space; the scale $\gamma$ and the bias $\beta$ have one entry for each position along
     `feature_axes`. With `axis_name` the expectations are over that named axis as well, for
-    space that is split over it.
+    space that is split over it. A mean of one position alone is refused: the result would
+    be the bias.
 
     By default the first axis is the batch. An array does not say whether it has one: for
     one example without `batch_axes=()` its first axis is taken for the batch.
@@ -46,6 +47,7 @@ class InstanceNorm(AbstractExampleNorm):
         "It needs axes besides `batch_axes` and `feature_axes`. For one example, as inside "
         "`jax.vmap`, use `batch_axes=()`."
     )
+    _alone: ClassVar[str] = "Give an input of more positions, or leave the layer out."
 
     feature_axes: tuple[int, ...] = eqx.field(static=True)
     batch_axes: tuple[int, ...] = eqx.field(static=True)
@@ -103,9 +105,6 @@ class InstanceNorm(AbstractExampleNorm):
             scale_offset=scale_offset,
             key=key,
         )
-
-    def _layout(self) -> tuple[str, tuple[int, ...]]:
-        return "feature_axes", self.feature_axes
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
         name = type(self).__name__

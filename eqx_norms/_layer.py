@@ -10,30 +10,28 @@ from equinox.nn import State
 from jaxtyping import Array, Bool, Inexact, PRNGKeyArray, Shaped
 
 from ._affine import init_affine
-from ._axes import feature_shape
 from ._checks import (
     as_array,
     as_tuple,
     canonicalize_axes,
     check_epsilon,
+    check_features,
     check_flag,
     check_groups,
-    check_inputs,
     check_names,
     check_num_features,
-    check_reduction,
     check_result_dtype,
     check_scale_offset,
 )
-from ._collectives import Members, bound_members
 from ._dtypes import ResultDType
-from ._normalize import normalize
+from ._names import AnswersNames
+from ._standardize import compute, prepare
 from ._state import check_optional_state
-from ._statistics import Inputs, Reduction, Settings
+from ._statistics import Inputs, Reduction, Settings, Statistics
 from ._types import AnyArray, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
 
 
-class AbstractNorm(eqx.Module):
+class AbstractNorm(AnswersNames, eqx.Module):
     """What `BatchNorm`, `LayerNorm`, `RMSNorm`, `GroupNorm` and `InstanceNorm` are derived
     from, to tell them from other layers: scale, bias, and the settings that each has.
 
@@ -65,9 +63,13 @@ class AbstractNorm(eqx.Module):
     )
     use_fast_variance: bool = eqx.field(static=True, default=True, kw_only=True)
 
+    # The arguments, and fields, that say along which axes the features are.
+    _arguments: ClassVar[tuple[str, ...]] = ("feature_axes",)
     _subtract_mean: ClassVar[bool] = True
     # What to do where no axis is left to take statistics over.
     _remedy: ClassVar[str] = "Name one in `reduction_axes`, or an `axis_name`."
+    # What to do where statistics are of one position each, if that is refused.
+    _alone: ClassVar[str] = ""
 
     def _set_common(
         self,
@@ -89,7 +91,7 @@ class AbstractNorm(eqx.Module):
     ) -> Shape:
         """Sets these fields, from within a constructor, and returns the feature shape."""
         name = type(self).__name__
-        shape = check_num_features(num_features, feature_axes, layer=name)
+        shape = check_num_features(num_features, feature_axes, self._arguments, layer=name)
         self.num_features = shape if isinstance(num_features, Sequence) else shape[0]
         use_bias = check_flag(use_bias, layer=name, argument="use_bias")
         use_scale = check_flag(use_scale, layer=name, argument="use_scale")
@@ -120,64 +122,57 @@ class AbstractNorm(eqx.Module):
         # Without parameters nothing tells how the features are split over devices.
         return as_tuple(self.num_features) if self.axis_name is None else None
 
-    @abstractmethod
     def _layout(self) -> tuple[str, tuple[int, ...]]:
         """What the layer calls its feature axes, and which they are."""
+        return self._arguments[0], as_tuple(getattr(self, self._arguments[0]))
 
     @abstractmethod
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
         """What the statistics of an input of this shape are over."""
 
-    def _check(
+    def _prepare(
         self,
         x: AnyArray,
         mask: AnyArray | None,
         scale: AnyArray | None,
         bias: AnyArray | None,
         features: Shape | None,
-    ) -> tuple[Inputs, Settings]:
-        """Checks the arrays of a call. Returns them and its static settings. `features` is
-        the feature shape that is required, `None` if any will do."""
+        *,
+        given: Statistics | None = None,
+        may_be_alone: bool = False,
+    ) -> tuple[Settings, Inputs]:
+        """Checks the arrays of a call. Returns what `compute` takes. `features` is the
+        feature shape that is required, `None` if any will do. `may_be_alone` says that
+        statistics of one position each are not refused."""
         name = type(self).__name__
         argument, axes = self._layout()
         x = as_array(x, layer=name, argument="x")
         axes = canonicalize_axes(axes, x.ndim, layer=name, argument=argument)
-        received = feature_shape(x.shape, axes)
-        if features is not None and received != features:
-            raise ValueError(
-                f"{name}: expected features of shape {features} along `{argument}={axes}`, "
-                f"got {received} in an input of shape {x.shape}. Check `num_features`, and "
-                f"that `{argument}` says where the features are."
-            )
-        inputs, dtype = check_inputs(
+        if features is not None:
+            check_features(features, x.shape, axes, self._arguments, layer=name)
+        return prepare(
             x,
-            mask,
-            (self.scale, scale),
-            (self.bias, bias),
-            feature_axes=axes,
-            dtype=self.dtype,
-            layer=name,
-        )
-        return inputs, Settings(
             self._reduction(x.shape, axes),
+            layer=name,
+            mask=mask,
+            scale=(self.scale, scale),
+            bias=(self.bias, bias),
             feature_axes=axes,
-            dtype=dtype,
+            given=given,
+            dtype=self.dtype,
             epsilon=self.epsilon,
             scale_offset=self.scale_offset,
             subtract_mean=self._subtract_mean,
             use_fast_variance=self.use_fast_variance,
+            names=self.axis_name,
+            groups=self.axis_index_groups,
+            remedy=self._remedy,
+            alone="" if may_be_alone else self._alone,
         )
-
-    def _members(self, settings: Settings, x: Array) -> Members:
-        """Checks that there is an axis to take statistics over. Returns those that share
-        the statistics."""
-        layer, names, reduction = type(self).__name__, self.axis_name, settings.reduction
-        check_reduction(reduction, names, x.shape, layer=layer, remedy=self._remedy)
-        return bound_members(names, self.axis_index_groups, x, layer=layer)
 
 
 class AbstractExampleNorm(AbstractNorm):
-    """A layer whose statistics are those of its input alone."""
+    """A layer without running statistics: it normalises in evaluation as in training."""
 
     @overload
     def __call__(
@@ -218,9 +213,10 @@ class AbstractExampleNorm(AbstractNorm):
         - `x`: an array of any rank.
         - `state`: returned as it is, so that the layer can stand where a
             [`eqx_norms.BatchNorm`][] stood.
-        - `mask`: boolean, broadcastable to `x`. Where it is `False`, `x` does not count for
-            the statistics, whatever it holds. It is normalised all the same; what is not
-            finite there counts as zero. Where nothing counts, the bias comes out.
+        - `mask`: boolean, broadcastable to `x`: `mask[..., None]` if it has no axis of
+            features. Where it is `False`, `x` does not count for the statistics, whatever
+            it holds. It is normalised all the same; what is not finite there counts as
+            zero. Where nothing counts, the bias comes out.
         - `scale`, `bias`: arrays that are added, for this call, to the layer's own scale
             and bias, or used alone if the layer has none. One of the feature shape is laid
             along the feature axes; one of another shape is broadcast to `x`.
@@ -238,7 +234,5 @@ class AbstractExampleNorm(AbstractNorm):
         del key
         check_optional_state(state, layer=type(self).__name__)
         with jax.named_scope(f"eqx_norms.{type(self).__name__}"):
-            inputs, settings = self._check(x, mask, scale, bias, self._features())
-            members = self._members(settings, inputs.x)
-            y, _ = normalize(settings, inputs._replace(members=members))
+            y, _ = compute(*self._prepare(x, mask, scale, bias, self._features()))
         return y if state is None else (y, state)

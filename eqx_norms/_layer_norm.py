@@ -1,9 +1,11 @@
+from typing import ClassVar
+
 import equinox as eqx
 import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 from jaxtyping import PRNGKeyArray
 
-from ._checks import canonicalize_axes, check_axes
+from ._checks import canonicalize_axes, check_axes, check_reduction_axes
 from ._layer import AbstractExampleNorm
 from ._statistics import Reduction
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
@@ -20,7 +22,8 @@ class LayerNorm(AbstractExampleNorm):
     features that are split over it.
 
     `x` may be a batched array, whose leading axes are left alone, or one example inside
-    `jax.vmap`. Both give the same result.
+    `jax.vmap`. Both give the same result. One feature alone is its own mean: then the
+    result is the bias.
 
     !!! example
 
@@ -34,6 +37,8 @@ class LayerNorm(AbstractExampleNorm):
         [Layer Normalization](https://arxiv.org/abs/1607.06450), with the parameters of
         Flax's `nnx.LayerNorm`.
     """
+
+    _arguments: ClassVar[tuple[str, ...]] = ("feature_axes", "reduction_axes")
 
     reduction_axes: tuple[int, ...] = eqx.field(static=True)
     feature_axes: tuple[int, ...] = eqx.field(static=True)
@@ -49,7 +54,7 @@ class LayerNorm(AbstractExampleNorm):
         use_scale: bool = True,
         bias_init: Initializer = zeros,
         scale_init: Initializer = ones,
-        reduction_axes: Axes = -1,
+        reduction_axes: Axes | None = None,
         feature_axes: Axes = -1,
         axis_name: AxisName = None,
         axis_index_groups: AxisIndexGroups = None,
@@ -71,7 +76,8 @@ class LayerNorm(AbstractExampleNorm):
         - `use_bias`, `use_scale`: whether there is a bias, a scale.
         - `bias_init`, `scale_init`: functions `(key, shape, dtype) -> array` that make
             them, as in `jax.nn.initializers`.
-        - `reduction_axes`: the axes that mean and variance are taken over.
+        - `reduction_axes`: the axes that mean and variance are taken over: the last, by
+            default. Needed with `feature_axes` other than the last.
         - `feature_axes`: the axes along which scale and bias vary. They need not be among
             the `reduction_axes`.
         - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap`
@@ -101,8 +107,8 @@ class LayerNorm(AbstractExampleNorm):
         """
         name = type(self).__name__
         self.feature_axes = check_axes(feature_axes, layer=name, argument="feature_axes")
-        self.reduction_axes = check_axes(
-            reduction_axes, layer=name, argument="reduction_axes"
+        self.reduction_axes = check_reduction_axes(
+            reduction_axes, self.feature_axes, layer=name
         )
         self._set_common(
             num_features,
@@ -120,9 +126,6 @@ class LayerNorm(AbstractExampleNorm):
             scale_offset=scale_offset,
             key=key,
         )
-
-    def _layout(self) -> tuple[str, tuple[int, ...]]:
-        return "feature_axes", self.feature_axes
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
         name, axes = type(self).__name__, self.reduction_axes

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 from jaxtyping import PRNGKeyArray
 
-from ._checks import canonicalize_axes, check_axes
+from ._checks import canonicalize_axes, check_axes, check_reduction_axes
 from ._layer import AbstractExampleNorm
 from ._statistics import Reduction
 from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
@@ -37,6 +37,7 @@ class RMSNorm(AbstractExampleNorm):
         parameters of Flax's `nnx.RMSNorm`.
     """
 
+    _arguments: ClassVar[tuple[str, ...]] = ("feature_axes", "reduction_axes")
     _subtract_mean: ClassVar[bool] = False
 
     reduction_axes: tuple[int, ...] = eqx.field(static=True)
@@ -51,7 +52,7 @@ class RMSNorm(AbstractExampleNorm):
         param_dtype: DTypeLike = jnp.float32,
         use_scale: bool = True,
         scale_init: Initializer = ones,
-        reduction_axes: Axes = -1,
+        reduction_axes: Axes | None = None,
         feature_axes: Axes = -1,
         axis_name: AxisName = None,
         axis_index_groups: AxisIndexGroups = None,
@@ -77,8 +78,8 @@ class RMSNorm(AbstractExampleNorm):
         """
         name = type(self).__name__
         self.feature_axes = check_axes(feature_axes, layer=name, argument="feature_axes")
-        self.reduction_axes = check_axes(
-            reduction_axes, layer=name, argument="reduction_axes"
+        self.reduction_axes = check_reduction_axes(
+            reduction_axes, self.feature_axes, layer=name
         )
         self._set_common(
             num_features,
@@ -96,9 +97,6 @@ class RMSNorm(AbstractExampleNorm):
             scale_offset=scale_offset,
             key=key,
         )
-
-    def _layout(self) -> tuple[str, tuple[int, ...]]:
-        return "feature_axes", self.feature_axes
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
         name, axes = type(self).__name__, self.reduction_axes

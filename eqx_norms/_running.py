@@ -15,7 +15,7 @@ from ._axes import to_feature_order
 from ._dtypes import cast, promote, real_dtype
 from ._sharding import shard_like
 from ._state import get_state
-from ._statistics import Moments, abs_square
+from ._statistics import Statistics, abs_square
 from ._types import DTypeLike, Shape, Size
 
 
@@ -99,14 +99,16 @@ class Step(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def update(how: Step, old: Stats, batch: Moments) -> Stats:
+def update(how: Step, old: Stats, batch: Statistics) -> Stats:
     """Takes a batch in, or leaves a feature as it was where the batch says nothing of it.
 
-    The moments of the batch are the same on all devices, so all devices decide alike.
+    The statistics of the batch are the same on all devices, so all devices decide alike.
     """
-    mean, var, number = batch
+    mean, var, positions = batch.mean, batch.var, batch.positions
     assert mean is not None
-    count = jnp.full_like(var, how.size) if number is None else number.astype(var.dtype)
+    count = (
+        jnp.full_like(var, how.size) if positions is None else positions.astype(var.dtype)
+    )
     groups = mean, var, count
     if not how.grouped:
         groups = tuple(array[None] for array in groups)

@@ -6,8 +6,14 @@ Such types are there without `jax.set_mesh` as well; so each sharding names its 
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
+
+
+def explicit_mesh(x: Array) -> AbstractMesh | None:
+    """The mesh with `Explicit` axes that `x` is on, if it is on one."""
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh if AxisType.Explicit in mesh.axis_types else None
 
 
 def is_sharded(x: Array, axes: Sequence[int]) -> bool:
@@ -19,10 +25,10 @@ def is_sharded(x: Array, axes: Sequence[int]) -> bool:
 
 def reshard(array: Array, spec: Sequence) -> Array:
     """Splits `array` as `spec` says, on the `Explicit` mesh that it is on, if any."""
-    sharding = jax.typeof(array).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types or tuple(sharding.spec) == spec:
+    mesh = explicit_mesh(array)
+    if mesh is None or tuple(jax.typeof(array).sharding.spec) == spec:
         return array
-    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+    return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def shard_like(array: Array, like: Array) -> Array:

@@ -1,28 +1,406 @@
-from jaxtyping import Array, Bool, Inexact, Shaped
+r"""`(x - mean) / sqrt(var + epsilon) * scale + bias`, and its derivatives.
 
+With `d = (x - shift) - offset`, where `mean = shift + offset`, with
+`inv = 1 / sqrt(var + epsilon)` and `z = d * inv` it is `z * scale + bias`. Its derivative
+`dy`, for tangents `dx`, `dscale`, `dbias` and the statistics of `x` itself:
+
+- The mean is linear in `x`, so `dmean = a` with `a = E[dx]`.
+- The variance is E|x - mean|^2, so `dvar = 2 e` with `e = E[d dx]`. (`dmean` does not
+  matter there, since E[d] = 0.)
+- `d(1 / sqrt(v)) = -dv / (2 v^(3/2))`, so `dinv = -inv^3 e = -inv^2 b` with `b = e * inv`.
+- Together `dz = (dx - a) * inv + d * dinv = (dx - a - z * b) * inv`.
+- `dy = dz * scale + z * dscale + dbias`.
+
+For complex `x` it is `e = E[Re(conj(d) dx)]`. Where the statistics are given, as in
+evaluation, `a` and `e` are `dmean` and `dvar / 2`.
+
+Where `f = inv * scale` has the shape of `inv`, it is formed first:
+
+    y = d * f + bias,    dy = dx * f + z * (dscale - b * f) + (dbias - a * f).
+
+The tangent is a linear function of `dx`, `dscale` and `dbias`. It computes what it needs of
+`x`, of scale and of the statistics, which are small; `jax.checkpoint` keeps these for the
+backward pass, and nothing else. JAX transposes the function when the time comes: that gives
+reverse mode, where `jax.custom_vjp` would give up forward mode and second derivatives.
+"""
+
+import functools
+import operator
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Bool, Float, Inexact, Shaped
+
+from ._axes import feature_shape, other_axes, to_input_order, to_rank
 from ._checks import (
     as_array,
     canonicalize_axes,
     check_axes,
+    check_broadcasts,
     check_epsilon,
     check_flag,
     check_groups,
     check_inputs,
+    check_mask_axes,
     check_names,
     check_reduction,
     check_result_dtype,
     check_scale_offset,
 )
-from ._collectives import bound_members
-from ._normalize import normalize
-from ._statistics import Reduction, Settings
+from ._collectives import Groups, Names, bound_members
+from ._dtypes import ResultDType, cast, real_dtype
+from ._names import answers_names
+from ._statistics import (
+    Inputs,
+    Reduction,
+    Settings,
+    Statistics,
+    counted,
+    means,
+    real_product,
+    statistics,
+)
 from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike
 
 
+def _deviation(
+    settings: Settings, inputs: Inputs, stats: Statistics
+) -> tuple[Array, Array, Array | None]:
+    """Returns `d = (x - shift) - offset`, `inv` and, with a mask, a boolean array `valid`.
+    `valid` is `False` where the mask excludes a position and `d * inv` would not be finite;
+    `d` is there that of zero."""
+    x, spread = inputs.x.astype(settings.wide(inputs.x)), settings.reduction.spread
+    stats = jax.tree.map(inputs.members.own_group, stats)
+    # Given ones may be of another width than what is computed in.
+    v = stats.var.astype(real_dtype(x.dtype)) + settings.epsilon
+    shift, offset = (
+        jnp.zeros_like(v) if part is None else cast(part, x.dtype)
+        for part in (stats.shift, stats.offset)
+    )
+    limits = jnp.finfo(v.dtype)
+    if settings.epsilon > limits.tiny:
+        inv = jax.lax.rsqrt(v)
+    else:
+        # A variance that rounding can explain counts as zero: that of the values
+        # themselves, and where the mean is not given, that of the sums about the shift.
+        explained = 8 * float(limits.eps) * jnp.abs(shift)
+        if stats.offset is not None:
+            explained = jnp.minimum(explained, jnp.abs(offset) / 8)
+        varies = v > limits.tiny + explained**2
+        inv = jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, v, 1)), 0)
+    if stats.positions is not None:
+        inv = jnp.where(stats.positions > 0, inv, 0)
+    inv, shift, offset = (spread(part.astype(x.dtype), x) for part in (inv, shift, offset))
+    d = (x - shift) - offset
+    if inputs.mask is None:
+        return d, inv, None
+    valid = inputs.mask | jnp.isfinite(d * inv)
+    return (jnp.where(valid, x, 0) - shift) - offset, inv, valid
+
+
+def _total(terms: tuple[Array | None, ...], dtype: np.dtype, offset: float = 0.0) -> Any:
+    """The sum of the terms that are not `None`; `None` if there are none. Where terms
+    broadcast, the sum has more entries than they have. So the backward pass keeps the
+    terms, and computes the sum anew."""
+    present = [term.astype(dtype) for term in terms if term is not None]
+    total = functools.reduce(operator.add, present) if present else None
+    return total if total is None or offset == 0 else total + offset
+
+
+def _keeps_shape(scale: Array | None, inv: Array) -> bool:
+    """Whether `inv * scale` has the shape of `inv`."""
+    return scale is None or all(
+        n in (1, m) for n, m in zip(scale.shape, inv.shape, strict=True)
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _formula(settings: Settings, inputs: Inputs) -> tuple[Array, Statistics]:
+    """The result, and the statistics that it was normalised with."""
+    wide = settings.wide(inputs.x)
+    stats = statistics(settings, inputs) if inputs.given is None else inputs.given
+    d, inv, _ = _deviation(settings, inputs, stats)
+    scale = _total(inputs.scale, wide, settings.scale_offset)
+    bias = _total(inputs.bias, wide)
+    if _keeps_shape(scale, inv):
+        y = d * (inv if scale is None else inv * scale)
+    else:
+        y = d * inv * scale
+    return (y if bias is None else y + bias).astype(settings.dtype), stats
+
+
+def _tangent(
+    settings: Settings, kept: Inputs, stats: Statistics, dx: Any, tangents: Any
+) -> tuple[Array, Statistics]:
+    """The derivative of `_formula`. `dx` is `None` where it is zero."""
+    reduction, wide = settings.reduction, settings.wide(kept.x)
+    d, inv, valid = _deviation(settings, kept, stats)
+    z, scale = d * inv, _total(kept.scale, wide, settings.scale_offset)
+    dscale, dbias = (_total(t, wide) for t in (tangents.scale, tangents.bias))
+    dx = None if dx is None else dx.astype(wide)
+
+    dstats = jax.tree.map(jnp.zeros_like, stats)
+    if tangents.given is not None:
+        dstats = jax.tree.map(jnp.add, dstats, tangents.given)
+    elif dx is not None:
+        t = counted(kept.mask, dx)
+        values = (t,) * settings.subtract_mean + (real_product(d, t),)
+        averages, _ = means(settings, kept, *values, positions=stats.positions)
+        # Without the barrier XLA fuses these sums, over the last axis, with the gradient of
+        # `x` on a GPU, and needs another kernel, which reads `x` again, for the gradients
+        # of scale and bias. A LayerNorm of which it did so took 1.13 times as long to train
+        # on an H200 as one in a `vmap`, of which it did not.
+        if reduction.over_last_axis(d):
+            averages = jax.lax.optimization_barrier(averages)
+        *a, e = averages
+        dstats = dstats._replace(offset=a[0] if a else None, var=2 * e)
+    a, dvar = (
+        0 if t is None else cast(reduction.spread(kept.members.own_group(t), d), wide)
+        for t in (dstats.mean, dstats.var)
+    )
+    b = dvar / 2 * inv
+
+    dx = 0 if dx is None else counted(valid, dx)
+    dscale, dbias = (0 if t is None else t for t in (dscale, dbias))
+    if _keeps_shape(scale, inv):
+        f = inv if scale is None else inv * scale
+        dy = dx * f + z * (dscale - b * f) + (dbias - a * f)
+    else:
+        dy = (dx - a - z * b) * inv * scale + z * dscale + dbias
+    return jnp.broadcast_to(dy, z.shape).astype(settings.dtype), dstats
+
+
+def _rule(settings, primals, tangents):
+    (inputs,), (tangents,) = primals, tangents
+    y, stats = _formula(settings._replace(returns_statistics=True), inputs)
+    dx = None if isinstance(tangents.x, SymbolicZero) else tangents.x
+    # A scalar stands for a tangent that is zero: it takes no memory.
+    tangents = jax.tree.map(
+        lambda t: jnp.zeros((), t.dtype) if isinstance(t, SymbolicZero) else t,  # pyright: ignore
+        tangents._replace(x=None, mask=None, members=None),
+        is_leaf=lambda t: isinstance(t, SymbolicZero),
+    )
+    kept = inputs._replace(bias=(), given=None)
+    tangent = functools.partial(_tangent, settings)
+
+    # On a CPU XLA fuses no sum over the last axis, for the gradient of `x`, with one over
+    # the others, for those of scale and bias. The backward pass takes 1.5 to 4 times as
+    # long where the two share what they compute. On a GPU or a TPU they share a reading of
+    # `x`.
+    def apart(kept, stats, dx, tangents):
+        part = jax.checkpoint(tangent)
+        of_x = part(kept, stats, dx, tangents._replace(scale=(), bias=()))
+        of_parameters = part(kept, stats, None, tangents._replace(given=None))
+        return jax.tree.map(operator.add, of_x, of_parameters)
+
+    def linear(*args):
+        if settings.reduction.over_last_axis(inputs.x) and jax.tree.leaves(inputs.scale):
+            return jax.lax.platform_dependent(*args, cpu=apart, default=tangent)
+        return tangent(*args)
+
+    # The default, `prevent_cse=True`, has XLA compute anew what it computed forward. If not
+    # told so, it may keep that in the place of `x`. Compiled for an H200, a step of three
+    # unrolled blocks with RMSNorm then takes 9 percent more memory; run on one, with either
+    # norm, it takes 1.01 times as long, and scanned ones as long. On a CPU there is no
+    # difference in the median. A TPU v5e pays for the default: its compiler estimates
+    # unrolled blocks 4 to 6 percent faster without, and scanned ones 1 to 2 percent.
+    # (`tests/benchmarks/blocks.py` and `compiled.py`)
+    return (y, stats), jax.checkpoint(linear)(kept, stats, dx, tangents)
+
+
+_formula.defjvp(_rule, symbolic_zeros=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compute(settings: Settings, inputs: Inputs) -> tuple[Array, Statistics]:
+    """Normalises with the statistics of `x`, or with those given, and returns them too.
+
+    With feature axes, given statistics have the feature shape, and so may scale and bias.
+    Otherwise scale, bias and mask broadcast to `x`. All of it is one `jax.jit`: a call
+    outside of any other is one dispatch, and layers that are alike are traced once.
+    """
+    x, axes = inputs.x, settings.feature_axes
+
+    def lay_out(array):
+        if array.shape == feature_shape(x.shape, axes):
+            return jnp.expand_dims(to_input_order(array, axes), other_axes(axes, x.ndim))
+        return to_rank(array, x.ndim)
+
+    mask = None if inputs.mask is None else to_rank(inputs.mask, x.ndim)
+    scale, bias = jax.tree.map(lay_out, (inputs.scale, inputs.bias))
+    given = inputs.given
+    if axes:
+        given = jax.tree.map(lambda array: to_input_order(array, axes), given)
+    return _formula(settings, Inputs(x, mask, scale, bias, given, inputs.members))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _statistics_alone(settings: Settings, inputs: Inputs) -> Statistics:
+    # Compilers leave out what nobody reads.
+    return compute(settings, inputs)[1]
+
+
+def prepare(
+    x: Array,
+    reduction: Reduction,
+    *,
+    layer: str,
+    mask: Any,
+    scale: tuple[Any, ...],
+    bias: tuple[Any, ...],
+    feature_axes: tuple[int, ...],
+    given: Statistics | None,
+    dtype: ResultDType,
+    epsilon: float,
+    scale_offset: float,
+    subtract_mean: bool,
+    use_fast_variance: bool,
+    names: Names | None,
+    groups: Groups | None,
+    remedy: str,
+    alone: str = "",
+) -> tuple[Settings, Inputs]:
+    """Checks the arrays of a call. Returns what `compute` takes. `remedy` says what to do
+    where there is nothing to take statistics over; `alone` where they are of one position
+    each, if that is refused."""
+    inputs, result = check_inputs(
+        x, mask, scale, bias, feature_axes=feature_axes, dtype=dtype, layer=layer
+    )
+    check_mask_axes(inputs.mask, x.shape, reduction, layer=layer)
+    if given is None:
+        check_reduction(reduction, names, x.shape, layer=layer, remedy=remedy)
+        members = bound_members(names, groups, x, layer=layer)
+        if alone and reduction.size(x.shape) * members.size == 1:
+            raise ValueError(
+                f"{layer}: needs more than one position for each mean and variance, got an "
+                f"input of shape {x.shape}, where each is of one: the result would be the "
+                f"bias, whatever the input. {alone}"
+            )
+        inputs = inputs._replace(members=members)
+    settings = Settings(
+        reduction,
+        feature_axes,
+        result,
+        epsilon,
+        scale_offset,
+        subtract_mean,
+        use_fast_variance,
+    )
+    return settings, inputs._replace(given=given)
+
+
+class Moments(NamedTuple):
+    """The mean and the variance of an array over some of its axes, which have size 1 here,
+    so that each field broadcasts to the array.
+
+    - `mean`: float32 or wider; zero where no mean is subtracted.
+    - `var`: real; the mean square where no mean is subtracted. Zero where nothing counts.
+    - `positions`: how many positions were counted for each.
+    """
+
+    mean: Inexact[Array, "..."]
+    var: Float[Array, "..."]
+    positions: Float[Array, "..."]
+
+
+def _as_moments(settings: Settings, inputs: Inputs, found: Statistics) -> Moments:
+    x, members, reduction = inputs.x, inputs.members, settings.reduction
+    own = jax.tree.map(members.own_group, found)
+    mean, positions = own.mean, own.positions
+    if mean is None:
+        mean = jnp.zeros_like(own.var, settings.wide(x))
+    if positions is None:
+        positions = jnp.full_like(own.var, reduction.size(x.shape) * members.size)
+    return Moments(*(reduction.spread(part, x) for part in (mean, own.var, positions)))
+
+
+def _given(
+    mean: Any, var: Any, x: Array, axes: tuple[int, ...], *, layer: str
+) -> Statistics | None:
+    """Moments that a caller gives, as `compute` takes them."""
+    if mean is None and var is None:
+        return None
+    if mean is None or var is None:
+        missing, remedy = ("mean", "zeros") if mean is None else ("var", "ones")
+        raise ValueError(
+            f"{layer}: `mean` and `var` go together, got no `{missing}`. Give both, or "
+            f"neither to have them computed. To do without `{missing}`, give {remedy}."
+        )
+    parts = []
+    for argument, value in (("mean", mean), ("var", var)):
+        part = as_array(value, layer=layer, argument=argument)
+        check_broadcasts(part, x, layer=layer, argument=argument)
+        part = to_rank(part, x.ndim)
+        if any(part.shape[axis] != 1 for axis in axes):
+            raise ValueError(
+                f"{layer}: `{argument}` of shape {part.shape} must have size 1 along the "
+                f"axes {axes} of the input, of shape {x.shape}, which it is over. Give one "
+                f"like `jnp.{argument}(x, {axes}, keepdims=True)`."
+            )
+        if jnp.iscomplexobj(part) and (argument == "var" or not jnp.iscomplexobj(x)):
+            raise ValueError(
+                f"{layer}: `{argument}` must be real here, got dtype {part.dtype}. Give "
+                f"`{argument}.real`."
+            )
+        if not jnp.issubdtype(part.dtype, jnp.inexact):
+            part = part.astype(jnp.float32)
+        parts.append(jnp.squeeze(part, axes))
+    return Statistics(parts[0], None, parts[1])
+
+
+_REMEDY = "Name one in `axes`, or an `axis_name`."
+
+
+@overload
+def standardize(
+    x: AnyArray,
+    axes: Axes = -1,
+    *,
+    mean: AnyArray | None = None,
+    var: AnyArray | None = None,
+    mask: AnyArray | None = None,
+    scale: AnyArray | None = None,
+    bias: AnyArray | None = None,
+    scale_offset: float = 0.0,
+    epsilon: float = 1e-6,
+    subtract_mean: bool = True,
+    use_fast_variance: bool = True,
+    axis_name: AxisName = None,
+    axis_index_groups: AxisIndexGroups = None,
+    dtype: DTypeLike | None = None,
+    return_moments: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def standardize(
+    x: AnyArray,
+    axes: Axes = -1,
+    *,
+    mask: AnyArray | None = None,
+    scale: AnyArray | None = None,
+    bias: AnyArray | None = None,
+    scale_offset: float = 0.0,
+    epsilon: float = 1e-6,
+    subtract_mean: bool = True,
+    use_fast_variance: bool = True,
+    axis_name: AxisName = None,
+    axis_index_groups: AxisIndexGroups = None,
+    dtype: DTypeLike | None = None,
+    return_moments: Literal[True],
+) -> tuple[Array, Moments]: ...
+
+
+@answers_names
 def standardize(
     x: Shaped[AnyArray, "*shape"],
     axes: Axes = -1,
     *,
+    mean: Shaped[AnyArray, "..."] | None = None,
+    var: Shaped[AnyArray, "..."] | None = None,
     mask: Bool[AnyArray, "..."] | None = None,
     scale: Inexact[AnyArray, "..."] | None = None,
     bias: Inexact[AnyArray, "..."] | None = None,
@@ -33,8 +411,10 @@ def standardize(
     axis_name: AxisName = None,
     axis_index_groups: AxisIndexGroups = None,
     dtype: DTypeLike | None = None,
-) -> Inexact[Array, "*shape"]:
-    r"""Normalises an array by its mean and variance over some of its axes.
+    return_moments: bool = False,
+) -> Inexact[Array, "*shape"] | tuple[Inexact[Array, "*shape"], Moments]:
+    r"""Normalises an array by its mean and variance over some of its axes, or by those
+    given.
 
     This is the function that the layers are made of: for layers of your own, query-key
     norms and adaptive norms.
@@ -51,25 +431,34 @@ def standardize(
         # An adaptive norm, whose scale is predicted around one.
         x, scale, bias = jnp.ones((2, 5, 16)), jnp.zeros((2, 1, 16)), jnp.zeros((2, 1, 16))
         y = en.standardize(x, scale=scale, scale_offset=1.0, bias=bias)
+
+        # A batch norm, and the same with moments that were kept of a batch.
+        y, moments = en.standardize(x, (0, 1), return_moments=True)
+        y = en.standardize(x, (0, 1), mean=moments.mean, var=moments.var)
         ```
 
     **Arguments:**
 
     - `x`: an array of any rank.
     - `axes`: the axes that mean and variance are taken over; `()` for named axes alone.
-    - `mask`: boolean, broadcastable to `x`. Where it is `False`, `x` does not count for
-        mean and variance, whatever it holds. It is normalised all the same; what is not
-        finite there counts as zero. Where nothing counts, the bias comes out.
+    - `mean`, `var`: moments to normalise with in the place of those of `x`, both or
+        neither, each broadcastable to `x` and of size 1 along `axes`. Zeros for `mean` have
+        `x` divided by the deviation alone. For an $\varepsilon$ that is an array or traced,
+        add it to `var` and give `epsilon=0.0`. With these two, `axis_name` and
+        `subtract_mean` have no effect.
+    - `mask`: boolean, broadcastable to `x`: `mask[..., None]` if it has no axis of
+        features. Where it is `False`, `x` does not count for mean and variance, whatever it
+        holds. It is normalised all the same; what is not finite there counts as zero. Where
+        nothing counts, the bias comes out.
     - `scale`, `bias`: $\gamma$ and $\beta$, each broadcastable to `x`.
     - `scale_offset`: added to `scale` in the precision of the statistics; without a `scale`
         it has no effect.
-    - `epsilon`: $\varepsilon$, added to the variance. Not negative. If it is zero, and the
-        variance is no larger than what the rounding of the mean can cause, the normalised
-        values are zeros, and the result is the bias.
+    - `epsilon`: $\varepsilon$, a Python number that is added to the variance. Not negative.
+        If it is zero, and the variance is no larger than what rounding can cause, the
+        normalised values are zeros, and the result is the bias.
     - `subtract_mean`: whether to subtract the mean. If `False`, the variance is the mean
         square: a root mean square norm.
-    - `use_fast_variance`: whether to compute the variance from `x - shift` in place of
-        `x - mean`, as described at [`eqx_norms.LayerNorm`][].
+    - `use_fast_variance`: as in [`eqx_norms.LayerNorm`][].
     - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap` or
         `jax.shard_map`: mean and variance are taken over these too.
     - `axis_index_groups`: lists of indices along the axis `axis_name`, which must be one
@@ -78,10 +467,12 @@ def standardize(
     - `dtype`: the dtype of the result. By default what `x`, `scale` and `bias` promote to,
         float32 if these are all integers or booleans; for `"input"` that of `x`, float32 if
         it is an integer or a boolean.
+    - `return_moments`: whether to return the moments of `x` too.
 
     **Returns:**
 
-    An array of the shape of `x`.
+    An array of the shape of `x`; with `return_moments`, a pair of it and
+    [`eqx_norms.Moments`][]. Both may be differentiated.
 
     **Raises:**
 
@@ -89,27 +480,102 @@ def standardize(
     nothing to take statistics over; `NameError` if `axis_name` is bound nowhere.
     """
     name = "standardize"
-    names = check_names(axis_name, layer=name)
-    groups = check_groups(axis_index_groups, names, layer=name)
-    result = check_result_dtype(dtype, layer=name)
     x = as_array(x, layer=name, argument="x")
-    inputs, dtype = check_inputs(
-        x, mask, (None, scale), (None, bias), feature_axes=(), dtype=result, layer=name
-    )
     axes = check_axes(axes, layer=name, argument="axes")
-    reduction = Reduction(canonicalize_axes(axes, x.ndim, layer=name, argument="axes"))
-    remedy = "Name one in `axes`, or an `axis_name`."
-    check_reduction(reduction, names, x.shape, layer=name, remedy=remedy)
-    settings = Settings(
-        reduction,
+    axes = canonicalize_axes(axes, x.ndim, layer=name, argument="axes")
+    given = _given(mean, var, x, axes, layer=name)
+    if check_flag(return_moments, layer=name, argument="return_moments") and given:
+        raise ValueError(
+            f"{name}: `return_moments` is for the moments of `x`, got `mean` and `var` to "
+            "use in their place. Leave it out; `eqx_norms.moments` has those of `x`."
+        )
+    names = check_names(axis_name, layer=name)
+    settings, inputs = prepare(
+        x,
+        Reduction(axes),
+        layer=name,
+        mask=mask,
+        scale=(scale,),
+        bias=(bias,),
         feature_axes=(),
-        dtype=dtype,
+        given=given,
+        dtype=check_result_dtype(dtype, layer=name),
         epsilon=check_epsilon(epsilon, layer=name),
         scale_offset=check_scale_offset(scale_offset, layer=name),
         subtract_mean=check_flag(subtract_mean, layer=name, argument="subtract_mean"),
         use_fast_variance=check_flag(
             use_fast_variance, layer=name, argument="use_fast_variance"
         ),
+        names=names,
+        groups=check_groups(axis_index_groups, names, layer=name),
+        remedy=_REMEDY,
     )
-    members = bound_members(names, groups, x, layer=name)
-    return normalize(settings, inputs._replace(members=members))[0]
+    if not return_moments:
+        return compute(settings, inputs)[0]
+    y, found = compute(settings._replace(returns_statistics=True), inputs)
+    return y, _as_moments(settings, inputs, found)
+
+
+@answers_names
+def moments(
+    x: Shaped[AnyArray, "..."],
+    axes: Axes = -1,
+    *,
+    mask: Bool[AnyArray, "..."] | None = None,
+    axis_name: AxisName = None,
+    axis_index_groups: AxisIndexGroups = None,
+) -> Moments:
+    r"""The mean and the variance of an array over some of its axes, exact at any mean,
+    under masks and over devices.
+
+    $$\text{mean} = \mathbb{E}[x], \qquad
+    \text{var} = \mathbb{E}\left[|x - \mathbb{E}[x]|^2\right]$$
+
+    Each position counts once, wherever it is: over several devices with different numbers
+    of positions too, where a mean of means would be wrong. An array that is constant has
+    variance zero.
+
+    !!! example
+
+        ```python
+        x, mask = jnp.ones((4, 5, 16)), jnp.arange(5) < 3
+        mean, var, positions = en.moments(x, (0, 1), mask=mask[:, None])
+        ```
+
+    **Arguments:**
+
+    - `x`, `axes`, `mask`, `axis_name`, `axis_index_groups`: as in
+        [`eqx_norms.standardize`][].
+
+    **Returns:**
+
+    [`eqx_norms.Moments`][], which may be differentiated.
+
+    **Raises:**
+
+    As [`eqx_norms.standardize`][].
+    """
+    name = "moments"
+    x = as_array(x, layer=name, argument="x")
+    axes = check_axes(axes, layer=name, argument="axes")
+    names = check_names(axis_name, layer=name)
+    settings, inputs = prepare(
+        x,
+        Reduction(canonicalize_axes(axes, x.ndim, layer=name, argument="axes")),
+        layer=name,
+        mask=mask,
+        scale=(),
+        bias=(),
+        feature_axes=(),
+        given=None,
+        dtype="input",
+        epsilon=1e-6,
+        scale_offset=0.0,
+        subtract_mean=True,
+        use_fast_variance=True,
+        names=names,
+        groups=check_groups(axis_index_groups, names, layer=name),
+        remedy=_REMEDY,
+    )
+    settings = settings._replace(returns_statistics=True)
+    return _as_moments(settings, inputs, _statistics_alone(settings, inputs))

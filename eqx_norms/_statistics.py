@@ -1,25 +1,26 @@
-"""Mean and variance: the only statistics in the library.
+"""Mean and variance of an input, over axes, blocks of features, masks and members.
 
 The variance is not computed as E|x|^2 - |E[x]|^2: where the mean is a few thousand
 deviations away from zero, rounding leaves nothing of that difference. First a shift near
-the mean is subtracted. With d = x - shift,
+the mean is subtracted. With both sums in one reading of `x`,
 
-    mean = shift + E[d],    var = E|d|^2 - |E[d]|^2.
+    offset = E[x - shift],  var = E|x - shift|^2 - |offset|^2,  mean = shift + offset.
 
 The difference multiplies the rounding error of the variance by about
-1 + (shift - mean)^2 / var (Chan, Golub and LeVeque, "Algorithms for computing the sample
-variance", The American Statistician 37, 1983). The shift is one of two:
+1 + |offset|^2 / var (Chan, Golub and LeVeque, "Algorithms for computing the sample
+variance", The American Statistician 37, 1983). The result is written with
+(x - shift) - offset. There x - shift is exact where `x` is near the shift, while the sum of
+shift and offset is rounded: by 1e-3 at a mean of 1e4.
 
-- The mean, rounded. This reads `x` twice.
+The shift is one of two:
+
 - The mean of a few entries of `x`. This reads `x` once. One of n entries is at most
   sqrt(n) deviations away from their mean, and one or two as a rule. Along the axis of the
   examples it is the first entry: a slice there stays on the first device. Along any other
   axis it is the middle one: padding and first tokens, often outliers, are at the ends.
   Along the last axis it is eight entries: one feature may be an outlier in every example.
-
-Over the last axis alone the variance is E|x - mean|^2, where nothing is differentiated and
-no mesh axis is named. Then a GPU reads each row of `x` once, in the kernel that also writes
-the result.
+- The mean of all, rounded. This reads `x` twice, but for rows that are not differentiated:
+  a GPU then reads them once, in the kernel that also writes the result.
 """
 
 import math
@@ -38,7 +39,7 @@ from ._types import Shape, Size
 
 
 class Reduction(NamedTuple):
-    """What a statistic is over: some axes and, with `groups = (axis, number)`, each of
+    """What a statistic is over: some axes and, with `blocks = (axis, number)`, each of
     `number` contiguous blocks of equal length along one more axis. `example_axis` is the
     axis along which the examples of a batch are; `None` if that is not known.
 
@@ -48,14 +49,14 @@ class Reduction(NamedTuple):
     """
 
     axes: tuple[int, ...]
-    groups: tuple[int, int] | None = None
+    blocks: tuple[int, int] | None = None
     example_axis: int | None = None
 
     def sum(self, x: Array) -> Array:
-        if self.groups is None:
+        if self.blocks is None:
             return jnp.sum(x, self.axes, dtype=x.dtype)
         # After the sums over space, which are long, there is little left to reshape.
-        axis, number = self.groups
+        axis, number = self.blocks
         x = unshard(jnp.sum(x, self.axes, keepdims=True, dtype=x.dtype), axis)
         split = (*x.shape[:axis], number, x.shape[axis] // number, *x.shape[axis + 1 :])
         return jnp.squeeze(jnp.sum(x.reshape(split), axis + 1, dtype=x.dtype), self.axes)
@@ -63,12 +64,12 @@ class Reduction(NamedTuple):
     def size(self, shape: Shape) -> Size:
         """How many positions of an input of this shape one statistic is over."""
         size = math.prod(shape[axis] for axis in self.axes)
-        if self.groups is not None:
-            axis, number = self.groups
+        if self.blocks is not None:
+            axis, number = self.blocks
             size *= shape[axis] // number
         return size
 
-    def number(self, mask: Array, x: Array) -> Array:
+    def positions(self, mask: Array, x: Array) -> Array:
         """How many positions of `x` count by a mask that broadcasts to it."""
         mask = jnp.broadcast_to(mask, x.shape)
         # A float32 sum of ones stops growing at 2^24.
@@ -77,9 +78,9 @@ class Reduction(NamedTuple):
     def spread(self, statistic: Array, x: Array) -> Array:
         """A statistic laid out against `x`, to which it then broadcasts."""
         statistic = jnp.expand_dims(statistic, self.axes)
-        if self.groups is None:
+        if self.blocks is None:
             return statistic
-        axis, number = self.groups
+        axis, number = self.blocks
         return jnp.repeat(statistic, x.shape[axis] // number, axis)
 
     def a_few(self, x: Array, vmapped: bool) -> Array:
@@ -98,20 +99,30 @@ class Reduction(NamedTuple):
 
     def over_last_axis(self, x: Array) -> bool:
         """Whether a statistic is over the last axis of `x` alone."""
-        return self.axes == (x.ndim - 1,) and self.groups is None
+        return self.axes == (x.ndim - 1,) and self.blocks is None
 
 
-class Moments(NamedTuple):
-    """Mean and variance, of a statistic's shape. With groups of members they have a leading
-    axis: a row for each group.
+class Statistics(NamedTuple):
+    """The statistics of an input, each of a statistic's shape. With groups of members they
+    have a leading axis: a row for each group.
 
-    - `mean`: `None` where no mean is subtracted. Then `var` is the mean square.
-    - `number`: how many positions were counted; `None` if all were.
+    - `shift`, `offset`: the mean is their sum. Both are subtracted one after the other:
+        `x - shift` is exact where `x` is near the shift, and a mean that is rounded is not.
+        There is no offset where the mean is given, and neither where none is subtracted.
+    - `var`: the variance; the mean square where no mean is subtracted.
+    - `positions`: how many were counted; `None` if all were.
     """
 
-    mean: Array | None
+    shift: Array | None
+    offset: Array | None
     var: Array
-    number: Array | None = None
+    positions: Array | None = None
+
+    @property
+    def mean(self) -> Array | None:
+        if self.shift is None or self.offset is None:
+            return self.shift
+        return self.shift + self.offset
 
 
 class Settings(NamedTuple):
@@ -124,8 +135,8 @@ class Settings(NamedTuple):
     scale_offset: float = 0.0
     subtract_mean: bool = True
     use_fast_variance: bool = True
-    # Whether it is under differentiation. Then the moments are results too.
-    differentiated: bool = False
+    # Whether the statistics are results too, as they are under differentiation.
+    returns_statistics: bool = False
 
     def wide(self, x: Array) -> np.dtype:
         """What to compute in, for a result of `dtype`."""
@@ -140,18 +151,20 @@ class Inputs(NamedTuple):
     mask: Array | None = None
     scale: tuple[Array | None, ...] = ()
     bias: tuple[Array | None, ...] = ()
-    # If given, used instead of the moments of `x`.
-    moments: Moments | None = None
+    # If there are any, used instead of those of `x`.
+    given: Statistics | None = None
     members: Members = ALONE
 
 
-def real_product(a: Array, b: Array) -> Array:
-    """The real part of conj(a) b."""
-    return a.real * b.real + a.imag * b.imag if jnp.iscomplexobj(a) else a * b
+def real_product(left: Array, right: Array) -> Array:
+    """The real part of conj(left) right."""
+    if jnp.iscomplexobj(left):
+        return left.real * right.real + left.imag * right.imag
+    return left * right
 
 
-def abs_square(a: Array) -> Array:
-    return real_product(a, a)
+def abs_square(x: Array) -> Array:
+    return real_product(x, x)
 
 
 def counted(mask: Array | None, x: Array) -> Array:
@@ -159,60 +172,88 @@ def counted(mask: Array | None, x: Array) -> Array:
 
 
 def means(
-    settings: Settings, inputs: Inputs, number: Array | None, *values: Array
-) -> tuple[Array, ...]:
-    """The mean of each value over all members, in one collective. `number` is how many
-    positions were counted, `None` if all were; a value is zero at any other position."""
+    settings: Settings, inputs: Inputs, *values: Array, positions: Array | None = None
+) -> tuple[tuple[Array, ...], Array | None]:
+    """The mean of each value over all members, in one collective, and how many positions
+    were counted: `None` if all were. They are counted here, in the same collective, if
+    there is a mask and `positions` does not say it. A value is zero where the mask is
+    `False`."""
     reduction, members = settings.reduction, inputs.members
-    sums = members.sum(*(reduction.sum(value) for value in values))
-    size = reduction.size(values[0].shape) * members.size
-    return tuple(_per(total, number, size) for total in sums)
-
-
-def _per(total: Array, number: Array | None, size: Size) -> Array:
-    return total / (size if number is None else jnp.maximum(number, 1).astype(total.dtype))
-
-
-def moments(settings: Settings, inputs: Inputs) -> Moments:
-    """Mean and variance of `x` over all members, in the precision of the statistics."""
-    x, mask, members = inputs.x, inputs.mask, inputs.members
-    reduction, number = settings.reduction, None
-    if mask is None and x.size == 0:
-        mask = jnp.zeros(x.shape, bool)
-    wide = x.astype(settings.wide(x))
-    # XLA makes one GPU kernel of consecutive reductions over the last axis, which reads `x`
-    # once, if each depends on the one before and none is an output of the program.
-    one_kernel = reduction.over_last_axis(x) and not (
-        members.mesh_names or settings.differentiated
-    )
-    # Where no axis is reduced, nor one of the members vmapped, there is nothing to slice.
-    # With groups all members are needed.
-    sliced = reduction.axes or (members.indices and members.group is None)
-    may_slice = sliced and not is_sharded(x, reduction.axes)
-    fast = settings.use_fast_variance and settings.subtract_mean and mask is None
-    if fast and may_slice and not one_kernel:
-        # The slice comes before the cast: else compilers may write all of the cast `x`.
-        # Without the barrier a TPU's compiler duplicates the shift, as it is and broadcast
-        # to `x`, and runs an all-reduce for each.
-        few, others = members.first(reduction.a_few(x, vmapped=bool(members.indices)))
-        few, others = few.astype(wide.dtype), inputs._replace(members=others)
-        (shift,) = lax.optimization_barrier(means(settings, others, None, few))
+    sums = [reduction.sum(value) for value in values]
+    if inputs.mask is not None and positions is None:
+        *sums, positions = members.sum(*sums, reduction.positions(inputs.mask, values[0]))
     else:
-        # The count is summed in the same collective as the values.
-        value = counted(mask, wide if settings.subtract_mean else abs_square(wide))
-        local = () if mask is None else (reduction.number(mask, wide),)
-        total, *numbers = members.sum(reduction.sum(value), *local)
-        number = numbers[0] if numbers else None
-        shift = _per(total, number, reduction.size(x.shape) * members.size)
-        if not settings.subtract_mean:
-            return Moments(None, shift, number)
-    shifted = counted(mask, wide - reduction.spread(members.own_group(shift), x))
-    if one_kernel:
-        (var,) = means(settings, inputs, number, abs_square(shifted))
-        return Moments(shift, var, number)
-    offset, square = means(settings, inputs, number, shifted, abs_square(shifted))
+        sums = members.sum(*sums)
+    size = reduction.size(values[0].shape) * members.size
+    if positions is not None:
+        size = jnp.maximum(positions, 1)
+    return tuple(total / size for total in sums), positions
+
+
+def _shortened(array: Array) -> Array:
+    """Rounds to one bit less than the dtype has.
+
+    A mean is a product at last, the sum times 1 / size. Where compilers fuse this with
+    `x - mean` in several kernels, they may round the product in some of these and not in
+    others. The means then differ by a rounding, 1e-3 at a mean of 1e4. An operation on bits
+    between the two prevents it.
+    """
+    if jnp.iscomplexobj(array):
+        return lax.complex(_shortened(array.real), _shortened(array.imag))
+    limits = jnp.finfo(array.dtype)
+    return lax.reduce_precision(array, limits.nexp, limits.nmant - 1)
+
+
+def _few_suffice(settings: Settings, inputs: Inputs) -> bool:
+    """Whether the shift is the mean of a few entries of `x`, and not of all."""
+    x, reduction, members = inputs.x, settings.reduction, inputs.members
+    # A mask may exclude these few. Along a split axis an Explicit mesh has no slice.
+    if not settings.use_fast_variance or inputs.mask is not None:
+        return False
+    if is_sharded(x, reduction.axes):
+        return False
+    # Of rows whose statistics are no output of the program, XLA makes one GPU kernel of the
+    # sum for the mean, the two sums about it, and the result: it reads `x` once.
+    if reduction.over_last_axis(x) and not (
+        members.mesh_names or settings.returns_statistics
+    ):
+        return False
+    # There must be something to slice: a reduced axis, or members along a vmapped one. (Of
+    # groups of members all are needed.)
+    return bool(reduction.axes or (members.indices and members.group is None))
+
+
+def _shift(settings: Settings, inputs: Inputs, wide: Array) -> tuple[Array, Array | None]:
+    """Something near the mean, and how many positions were counted, if they were."""
+    if not _few_suffice(settings, inputs):
+        (mean,), positions = means(settings, inputs, counted(inputs.mask, wide))
+        return _shortened(mean), positions
+    # The slice comes before the cast: else compilers may write all of the cast `x`.
+    # Without the barrier a TPU's compiler duplicates the shift, as it is and broadcast
+    # to `x`, and runs an all-reduce for each.
+    vmapped = bool(inputs.members.indices)
+    few, members = inputs.members.first(settings.reduction.a_few(inputs.x, vmapped))
+    (mean,), _ = means(settings, inputs._replace(members=members), few.astype(wide.dtype))
+    return lax.optimization_barrier(mean), None
+
+
+def statistics(settings: Settings, inputs: Inputs) -> Statistics:
+    """The statistics of `x` over all members, in their precision."""
+    x, reduction, members = inputs.x, settings.reduction, inputs.members
+    if inputs.mask is None and x.size == 0:
+        inputs = inputs._replace(mask=jnp.zeros(x.shape, bool))
+    wide = x.astype(settings.wide(x))
+    if not settings.subtract_mean:
+        square = counted(inputs.mask, abs_square(wide))
+        (square,), positions = means(settings, inputs, square)
+        return Statistics(None, None, square, positions)
+    shift, positions = _shift(settings, inputs, wide)
+    shifted = counted(inputs.mask, wide - reduction.spread(members.own_group(shift), x))
+    (offset, square), _ = means(
+        settings, inputs, shifted, abs_square(shifted), positions=positions
+    )
     # The difference of square and |offset|^2. XLA would square the sum in `offset` before
     # it divides, which overflows sooner. Squares that overflow are infinite.
     root, size = jnp.sqrt(square), jnp.abs(offset)
     var = jnp.where(square < jnp.inf, jnp.maximum(root - size, 0) * (root + size), square)
-    return Moments(shift + offset, var, number)
+    return Statistics(shift, offset, var, positions)

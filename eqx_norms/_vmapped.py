@@ -55,9 +55,13 @@ def _first_at_owner(x, x_dim, index, index_dim):
     return lax.index_in_dim(x, 0, x_dim, keepdims=False), None
 
 
+def _index_at_owner(x, x_dim, index, index_dim):
+    return index, index_dim
+
+
 _sum_p = _primitive("vmapped_sum", _sum_at_owner)
 _first_p = _primitive("vmapped_first", _first_at_owner)
-_index_p = _primitive("vmapped_index", lambda x, x_dim, *index: index)
+_index_p = _primitive("vmapped_index", _index_at_owner)
 
 
 def _sum_jvp(primals, tangents):
@@ -88,5 +92,6 @@ def vmapped_first(x: Array, index: Array) -> Array:
 
 
 def vmapped_index(index: Array) -> Array:
-    """The member's index, in the type of an array that varies along no named axis."""
+    """The member's index, in the type of an array that varies along no named axis: zero,
+    for which its owner puts the index."""
     return _index_p.bind(jnp.zeros((), index.dtype), index)

@@ -14,7 +14,7 @@ from ._affine import init_affine
 from ._axes import feature_shape, to_feature_order
 from ._checks import check_flag, split_key
 from ._dtypes import promote, result_dtype
-from ._normalize import normalize
+from ._standardize import compute
 from ._statistics import Inputs, Reduction, Settings, abs_square
 from ._trees import find_nodes
 from ._types import Axes, DTypeLike, Initializer
@@ -150,7 +150,7 @@ class WeightNorm(AbstractWrapper[Layer]):
             reduction, axes, dtype, self.epsilon / size, subtract_mean=False
         )
         inputs = Inputs(weight, scale=(length / math.sqrt(size),))
-        return normalize(settings, inputs)[0]
+        return compute(settings, inputs)[0]
 
     @jax.named_scope("eqx_norms.WeightNorm")
     def __call__(

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from ._axes import other_axes
 from ._checks import canonicalize_axes, check_axes, check_epsilon, check_result_dtype
 from ._dtypes import ResultDType
+from ._names import AnswersNames
 from ._trees import find_nodes
 from ._types import Axes, DTypeLike
 
@@ -50,7 +51,7 @@ def choose_weights(
     return paths
 
 
-class AbstractWrapper(StatefulLayer, Generic[Layer]):
+class AbstractWrapper(AnswersNames, StatefulLayer, Generic[Layer]):
     """A layer, and which of its weights others take the place of when it is called."""
 
     layer: Layer

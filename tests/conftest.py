@@ -17,6 +17,7 @@ AS_FOR_USERS = {
     "test_core",
     "test_cost",
     "test_documents",
+    "test_exactness",
     "test_memory",
     "test_rows",
     "test_train_digits",

@@ -191,7 +191,7 @@ def test_back_with_several_feature_axes(axes):
     """The features of ours are in the order of `feature_axes`."""
     x = 1 + normal(7, (2, 3, 4))
     sizes = tuple(x.shape[axis] for axis in axes)
-    layer = en.LayerNorm(sizes, feature_axes=axes)
+    layer = en.LayerNorm(sizes, feature_axes=axes, reduction_axes=-1)
     scale, bias = normal(1, sizes), normal(2, sizes)
     layer = eqx.tree_at(lambda layer: (layer.scale, layer.bias), layer, (scale, bias))
     variables = convert.to_flax_variables(layer)
@@ -341,7 +341,7 @@ def test_not_to_flax():
         convert.to_flax_variables(eqx.nn.LayerNorm(3))
     with pytest.raises(ValueError, match="an RMSNorm has no bias"):
         convert.to_flax_variables(convert.from_equinox(eqx.nn.RMSNorm(3)))
-    mixed = en.LayerNorm((3, 4), feature_axes=(1, -1))
+    mixed = en.LayerNorm((3, 4), feature_axes=(1, -1), reduction_axes=-1)
     with pytest.raises(ValueError, match=r"order of the feature axes \(1, -1\)"):
         convert.to_flax_variables(mixed)
 

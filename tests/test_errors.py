@@ -105,7 +105,7 @@ TABLE = [
     Bad("nan momentum", BATCH, {"momentum": float("nan")}, MOMENTUM + ".*got nan"),
     Bad("too many sizes", ALL, {}, SIZES, num_features=(3, 4)),
     Bad("too few sizes", BATCH, {"axis": (0, 1)}, SIZES),
-    Bad("too few sizes", AXES, {"feature_axes": (0, 1)}, SIZES),
+    Bad("too few sizes", AXES, {"feature_axes": (0, 1), "reduction_axes": 1}, SIZES),
     Bad("no features", ALL, {}, "must be positive, got 0", num_features=0),
     Bad(
         "a fraction of features", ALL, {}, "`num_features` must be an integer, .*got 3.0",
@@ -266,7 +266,14 @@ TABLE = [
     Bad("axis too great", BATCH, {"axis": 2}, f"`axis=.*{RANGE}", x=X),
     Bad("axis too small", BATCH, {"axis": -3}, f"axis -3.*{RANGE}", x=X),
     Bad("one axis in two ways", BATCH, {"axis": (1, -1)}, TWICE, x=X, num_features=(3, 3)),
-    Bad("features too great", AXES, {"feature_axes": 2}, f"`feature_axes=.*{RANGE}", x=X),
+    Bad(
+        "features too great", AXES, {"feature_axes": 2, "reduction_axes": 1},
+        f"`feature_axes=.*{RANGE}", x=X,
+    ),
+    Bad(
+        "feature axes alone", AXES, {"feature_axes": 0},
+        r"`feature_axes=\(0,\)` needs `reduction_axes` too",
+    ),
     Bad("reduction too great", AXES, {"reduction_axes": 2}, f"`reduction_.*{RANGE}", x=X),
     Bad("reduction too small", AXES, {"reduction_axes": (-3,)}, f"axis -3.*{RANGE}", x=X),
     Bad("one reduction in two ways", AXES, {"reduction_axes": (1, -1)}, TWICE, x=X),

@@ -238,7 +238,7 @@ MISTAKES = [
         None,
     ),
     (torch_momentum, ValueError, "the weight of the old running statistics, from 0", None),
-    (flax_rngs, TypeError, "unexpected keyword argument 'rngs'", None),
+    (flax_rngs, TypeError, "unexpected keyword argument 'rngs'.*is `key` here", None),
     (
         random_initializer_without_key,
         ValueError,
@@ -248,7 +248,7 @@ MISTAKES = [
     (
         a_batch_of_one,
         ValueError,
-        r"BatchNorm: training needs more than one position for each feature, got an input "
+        r"BatchNorm: needs more than one position for each mean and variance, got an input "
         r"of shape \(1, 3\).*`equinox.nn.inference_mode`",
         None,
     ),
@@ -313,7 +313,8 @@ def test_sizes_are_kept_as_integers(untyped):
     for layer in layers:
         assert type(layer.num_features) is int
     sizes: Any = [4, 3]
-    one, other = (en.LayerNorm(n, feature_axes=(-2, -1)) for n in (sizes, (4, 3)))
+    axes = {"feature_axes": (-2, -1), "reduction_axes": -1}
+    one, other = (en.LayerNorm(n, **axes) for n in (sizes, (4, 3)))
     assert jax.tree.structure(one) == jax.tree.structure(other)
 
 

@@ -397,7 +397,7 @@ def test_one_position(kwargs, shape, name, jit):
     layer, state = BATCH_NORM.build(8, **kwargs)
     f = eqx.filter_jit(over_batch) if jit else over_batch
     x = 3 * normal(0, shape) + 5
-    with raises("BatchNorm", "needs more than one position for each feature, got an input"):
+    with raises("BatchNorm", "needs more than one position for each mean"):
         f(layer, state, x, name)
     # A mask may leave that many or none, from batch to batch: the statistics stay.
     mask = jnp.ones((*shape[:-1], 1), bool)

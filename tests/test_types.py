@@ -67,7 +67,9 @@ def test_abstract_norm():
 
 
 def test_fields():
-    layer = en.LayerNorm((4, 4), feature_axes=(-1, -2), dtype=jnp.float32)
+    layer = en.LayerNorm(
+        (4, 4), feature_axes=(-1, -2), reduction_axes=-1, dtype=jnp.float32
+    )
     assert_type(layer.scale, Array | None)
     assert_type(layer.bias, Array | None)
     assert_type(layer.feature_axes, tuple[int, ...])
