@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .benchmarks import models
+from .benchmarks import models, speed
 
 
 WRITTEN = ("eqx_norms", "vmap", "flax", "equinox")
@@ -55,3 +55,19 @@ def test_table():
     columns, rows = models.table([record("eqx_norms", 150), record("equinox", 120)])
     assert columns[3:] == ["kernels"]
     assert [row[3:] for row in rows] == [["150 (1.250)"], ["120"]]
+
+
+def test_small_rows():
+    """Of layers over rows alone; the gradient of the input besides, but not in PyTorch."""
+    names = [case.name for case in speed.CASES]
+    small = list(speed.cells(names, quick=False, small=True))
+    assert {cell.case.name for cell in small} == {"LayerNorm", "RMSNorm"}
+    assert {cell.shape for cell in small} == set(speed.SMALL_SHAPES)
+    cell = small[0]._replace(shape=(2, 8))
+    for library, passes in speed.runners(cell, 1.0, ["flax"], small=True).items():
+        assert ("of x" in passes) == (library != "copy")
+        if library != "copy":
+            _, wanted, *_ = passes["both"](1)
+            (given,) = passes["of x"](2)
+            assert given.dtype == wanted.dtype
+            np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-5)

@@ -77,7 +77,7 @@ def vit(dtype: Any, *, small: bool) -> Made:
 
     n, size, patch, width, heads, depth = SIZES["ViT"][small]
     key = jax.random.key(0)
-    model = VisionTransformer(size, 3, width, patch, heads, [depth], reg_tokens=0, key=key)
+    model = VisionTransformer(size, 3, width, patch, heads, [depth], reg_tokens=0, key=key)  # pyright: ignore
     return with_norms_replaced(model, dtype), normal(n, 3, size, size)
 
 
