@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks [--layers LayerNorm,BatchNorm] [--libraries flax,torch]
                                [--parts speed,memory,size,devices] [--quick]
-                               [--first-shape] [--rounds N] [--mean M] [--json FILE]
-                               [--plot FILE] [--markdown] [--from FILE] [--fresh-memory]
+                               [--first-shape] [--small] [--rounds N] [--mean M]
+                               [--json FILE] [--plot FILE] [--markdown] [--from FILE]
+                               [--fresh-memory]
 
 It runs on JAX's default device, or with `--from` shows what an earlier run wrote. What is
 in the tables is said in `speed.py`, `memory.py`, `size.py` and `devices.py`.
@@ -71,6 +72,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--first-shape", action="store_true", help="of each layout, to be done sooner"
     )
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
+    parser.add_argument(
+        "--small", action="store_true", help="rows alone, 1 x 64 to 1024 x 256"
+    )
     parser.add_argument(
         "--rounds", type=positive, help="by default 15, or 7 if quick; fewer in slow cells"
     )
@@ -154,6 +158,7 @@ PASS_NAMES = {
     "forward": "forward",
     "both": "forward and backward",
     "apart": "forward and backward, two programs",
+    "of x": "gradient of the input alone",
 }
 COLORS = {
     "eqx_norms": "#08519c",
@@ -299,6 +304,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         rounds=rounds,
         quick=quick,
         first_shape=arguments.first_shape,
+        small=arguments.small,
         track=track,
     )
     parts = arguments.parts

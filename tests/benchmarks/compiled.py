@@ -33,7 +33,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -341,10 +341,24 @@ what each device hands over.
 """
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+CHOICES = {
+    "--platform": list(PLATFORMS),
+    "--parts": list(TABLES),
+    "--layers": [case.name for case in speed.CASES],
+    "--dtype": list(DTYPES),
+}
+
+
+def parse(
+    argv: list[str] | None,
+    choices: Mapping[str, Collection[str]] = CHOICES,
+    name: str = "compiled",
+    about: str | None = __doc__,
+) -> argparse.Namespace:
+    """Of each option some of its choices, with commas in between; by default all."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.benchmarks.compiled",
-        description=__doc__,
+        prog=f"python -m tests.benchmarks.{name}",
+        description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -352,18 +366,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         def some(text):
             unknown = sorted(set(text.split(",")) - set(known))
             if unknown:
-                raise argparse.ArgumentTypeError(f"{unknown} are none of {known}")
+                raise argparse.ArgumentTypeError(f"{unknown} are none of {list(known)}")
             return text.split(",")
 
-        parser.add_argument(option, type=some, default=known, help=", ".join(known))
+        parser.add_argument(option, type=some, default=list(known), help=", ".join(known))
 
-    add("--platform", list(PLATFORMS))
-    add("--parts", list(TABLES))
-    add("--layers", [case.name for case in speed.CASES])
-    add("--dtype", list(DTYPES))
+    for option, known in choices.items():
+        add(option, known)
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--markdown", action="store_true", help="tables for a README")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.command = " ".join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
+    return arguments
 
 
 def why_not(platform: str) -> str | None:
@@ -373,6 +387,17 @@ def why_not(platform: str) -> str | None:
     except Exception as error:  # Each platform has errors of its own.
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return None
+
+
+def about_run(
+    arguments: argparse.Namespace, start: float, packages: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "command": arguments.command,
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - start),
+        "versions": versions(packages),
+    }
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -389,39 +414,42 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         for part in arguments.parts:
             results[part] += makers[part](platform, arguments.layers)
-    return {
-        "run": {
-            "command": " ".join(["python -m tests.benchmarks.compiled", *arguments.argv]),
-            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - start),
-            "versions": versions(PACKAGES),
-        },
-        **results,
-    }
+    return {"run": about_run(arguments, start, PACKAGES), **results}
 
 
-def report(results: dict[str, Any], *, markdown: bool) -> None:
-    for platform, device in PLATFORMS.items():
-        for part, (title, table, text) in TABLES.items():
+def report(
+    results: dict[str, Any],
+    *,
+    markdown: bool,
+    platforms: dict[str, str] = PLATFORMS,
+    tables: dict[str, Any] = TABLES,
+    legend: str = LEGEND,
+) -> None:
+    for platform, device in platforms.items():
+        for part, (title, table, text) in tables.items():
             records = [r for r in results.get(part, []) if r["platform"] == platform]
             if records:
                 title = f"{device}: {title}"
                 show(title, *table(records), text=text, markdown=markdown)
                 print()
     run = results["run"]
-    print(LEGEND)
+    print(legend)
     print(f"{run['command']}\n{run['date']}, {run['seconds']} s")
     print(", ".join(f"{name} {v}" for name, v in run["versions"].items() if v))
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    arguments = parse(argv)
-    arguments.argv = sys.argv[1:] if argv is None else argv
-    results = run(arguments)
-    report(results, markdown=arguments.markdown)
+def finish(
+    arguments: argparse.Namespace, results: dict[str, Any], **kwargs: Any
+) -> dict[str, Any]:
+    report(results, markdown=arguments.markdown, **kwargs)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = parse(argv)
+    return finish(arguments, run(arguments))
 
 
 if __name__ == "__main__":

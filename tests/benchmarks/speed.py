@@ -12,6 +12,9 @@ statistics, and the gradients of input, scale and bias.
 "both" is forward and backward in one program, where a compiler may keep what it likes in
 between. "apart", on accelerators, is two programs, one after the other: the first also
 writes what is kept for the second, as it must where a model has other layers in between.
+
+With `--small`, of rows that fit into a CPU's caches, there is "of x" besides: the gradient
+of the input alone, which has three arrays to read or write.
 """
 
 import ctypes
@@ -43,10 +46,11 @@ SHAPES = {
     "vectors": [(8192, 1024), (4096, 4096), (65536, 128)],
     "images": [(64, 32, 32, 64), (32, 16, 16, 512)],
 }
+SMALL_SHAPES = [(1, 64), (32, 64), (256, 64), (1024, 256)]
 QUICK_SHAPES = {"vectors": [(512, 256)], "images": [(8, 8, 8, 64)]}
 DTYPES = (jnp.float32, jnp.bfloat16)
 # How many copies of the input a pass is at least.
-PASSES = {"forward": 1, "both": 2, "apart": 2}
+PASSES = {"forward": 1, "both": 2, "apart": 2, "of x": 1.5}
 
 # A batch, and one example inside `jax.vmap`.
 OURS = ("eqx_norms", "vmap")
@@ -81,17 +85,17 @@ def layouts(case: Norm) -> list[str]:
 
 
 def cells(
-    layers: Iterable[str], *, quick: bool, first_shape: bool = False
+    layers: Iterable[str], *, quick: bool, first_shape: bool = False, small: bool = False
 ) -> Iterator[Cell]:
     for case in (case for case in CASES if case.name in layers):
         for layout in layouts(case):
-            if quick and layout == "NHWC":
+            if (quick and layout == "NHWC") or (small and layouts(case) != ["NC"]):
                 continue
             kind = "vectors" if layout == "NC" else "images"
-            shapes = (QUICK_SHAPES if quick else SHAPES)[kind]
+            shapes = SMALL_SHAPES if small else (QUICK_SHAPES if quick else SHAPES)[kind]
             for shape in shapes[:1] if first_shape else shapes:
                 n, *rest = shape
-                if jax.default_backend() != "cpu" and not quick:
+                if jax.default_backend() != "cpu" and not (quick or small):
                     n *= math.ceil(ACCELERATOR_SIZE / math.prod(shape))
                 if layout == "NCHW":
                     rest = [rest[-1], *rest[:-1]]
@@ -113,7 +117,9 @@ def _jax_runner(f: Callable[..., Any], *args: Any) -> Runner:
     return repeated(partial(jax.jit(f), *args))
 
 
-def _jax_runners(layer: Functional, x: jax.Array, dy: jax.Array) -> dict[str, Runner]:
+def _jax_runners(
+    layer: Functional, x: jax.Array, dy: jax.Array, *, small: bool
+) -> dict[str, Runner]:
     # Lists are quicker to hand over than modules.
     leaves, structure = jax.tree.flatten((layer.params, layer.state))
 
@@ -129,7 +135,14 @@ def _jax_runners(layer: Functional, x: jax.Array, dy: jax.Array) -> dict[str, Ru
         "forward": _jax_runner(forward, leaves, x),
         "both": _jax_runner(both, leaves, x, dy),
     }
-    if jax.default_backend() != "cpu":
+    if small:
+
+        def of_x(leaves, x, dy):
+            params, state = jax.tree.unflatten(structure, leaves)
+            return jax.vjp(lambda x: layer.apply(params, state, x)[0], x)[1](dy)
+
+        made["of x"] = _jax_runner(of_x, leaves, x, dy)
+    elif jax.default_backend() != "cpu":
         found = passes(layer, x)
         first, second = jax.jit(found.forward[0]), jax.jit(found.backward[0])
         args = found.forward[1:]
@@ -204,7 +217,7 @@ def _torch_runners(
 
 
 def runners(
-    cell: Cell, mean: float, libraries: Collection[str] = EVERY_PEER
+    cell: Cell, mean: float, libraries: Collection[str] = EVERY_PEER, *, small: bool = False
 ) -> dict[str, dict[str, Runner]]:
     """By library and pass, the copy of as many bytes as the input has among them. The
     input is normally distributed, of that mean and deviation one."""
@@ -222,7 +235,7 @@ def runners(
     made = {"copy": {"forward": _jax_runner(lambda words: words + 1, words)}}
     for library, layer in layers.items():
         if library in (*OURS, *libraries):
-            made[library] = _jax_runners(layer, x, dy)
+            made[library] = _jax_runners(layer, x, dy, small=small)
     device = torch_device()
     if device is not None and set(libraries) & set(PEERS["PyTorch"]):
         made |= _torch_runners(cell, data, cotangent, device, libraries)
@@ -230,11 +243,11 @@ def runners(
 
 
 def measure(
-    made: dict[str, dict[str, Runner]], *, rounds: int, seconds: float
+    made: dict[str, dict[str, Runner]], *, rounds: int, seconds: float, small: bool = False
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of one call, by library and pass, one for each round. There are fewer rounds,
     but five at least, if they take longer than `seconds`."""
-    calls = 1 if jax.default_backend() == "cpu" else QUEUED_CALLS
+    calls = 1 if jax.default_backend() == "cpu" and not small else QUEUED_CALLS
     order = [(library, name) for library, passes in made.items() for name in passes]
     times = {library: {name: [] for name in made[library]} for library in made}
     for library, name in order:
@@ -260,7 +273,9 @@ def _quartiles(values: Any) -> tuple[float, float]:
     return float(median), float(high - low)
 
 
-def compare(times: Mapping[str, Any], copy: Any, copies: int) -> dict[str, dict[str, Any]]:
+def compare(
+    times: Mapping[str, Any], copy: Any, copies: float
+) -> dict[str, dict[str, Any]]:
     """By library, from the times of one pass, round by round: ratios to the floor and, for
     eqx_norms, to the fastest of each kind of peer."""
     compared = {}
@@ -295,13 +310,14 @@ def records(
     rounds: int,
     quick: bool,
     first_shape: bool,
+    small: bool = False,
     track: Callable[..., Iterable[Cell]],
 ) -> Iterator[dict[str, Any]]:
     """One for each cell and pass, fit for JSON."""
-    chosen = list(cells(layers, quick=quick, first_shape=first_shape))
+    chosen = list(cells(layers, quick=quick, first_shape=first_shape, small=small))
     for cell in track(chosen, "speed"):
-        made = runners(cell, mean, libraries)
-        times = measure(made, rounds=rounds, seconds=0.3 if quick else 8.0)
+        made = runners(cell, mean, libraries, small=small)
+        times = measure(made, rounds=rounds, seconds=0.3 if quick else 8.0, small=small)
         copy = times.pop("copy")["forward"]
         nbytes = math.prod(cell.shape) * jnp.dtype(cell.dtype).itemsize
         for name in times[OURS[0]]:
@@ -316,7 +332,11 @@ def records(
                     "gb_per_second": 2 * nbytes / _quartiles(copy)[0] / 1e9,
                 },
                 "libraries": compare(
-                    {library: passes[name] for library, passes in times.items()},
+                    {
+                        library: passes[name]
+                        for library, passes in times.items()
+                        if name in passes
+                    },
                     copy,
                     PASSES[name],
                 ),
