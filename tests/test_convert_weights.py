@@ -102,7 +102,7 @@ def module_of(case, form, **kwargs):
     return module.eval(), shape
 
 
-def evaluate(layer, state, x):
+def evaluate(layer: Any, state, x):
     layer = eqx.nn.inference_mode(layer)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         if state is None:
@@ -145,16 +145,17 @@ def test_training(form):
     layer, state = as_pair(convert.from_torch(module))
     assert not getattr(layer, "inference", False)
     theirs, ours = data(shape)
+    wanted = found = None
     for _ in range(20):
-        y = module(theirs)
+        wanted = module(theirs)
         with jax.numpy_rank_promotion("allow"):
             if state is None:
-                ours_y = jax.vmap(layer)(ours)
+                found = jax.vmap(layer)(ours)
             else:
-                ours_y, state = jax.vmap(layer, in_axes=(0, None), out_axes=(0, None))(
+                found, state = jax.vmap(layer, in_axes=(0, None), out_axes=(0, None))(
                     ours, state
                 )
-    close(ours_y, y, 1e-4)
+    close(found, wanted, 1e-4)
 
 
 def test_settings():
@@ -209,7 +210,7 @@ def test_into_a_model():
     close(x, source(theirs))
 
 
-def like(make=eqx.nn.Linear, *sizes, **kwargs):
+def like(make: Any = eqx.nn.Linear, *sizes, **kwargs):
     return en.WeightNorm(make(*(sizes or (3, 4)), key=KEY), **kwargs)
 
 

@@ -18,8 +18,8 @@ from .test_convert_equinox import evaluate, forward
 
 
 KEY = jax.random.key(0)
-LAST = {"reduction_axes": (-2, -1), "feature_axes": (-2, -1)}
-FIRST = {"feature_axis": 0, "batch_axes": ()}
+LAST: dict[str, Any] = {"reduction_axes": (-2, -1), "feature_axes": (-2, -1)}
+FIRST: dict[str, Any] = {"feature_axis": 0, "batch_axes": ()}
 INSTANCE = {"feature_axes": 0, "batch_axes": ()}
 HALF = {"param_dtype": jnp.bfloat16}
 BN = {"axis": 0, "axis_name": "batch"}
@@ -227,8 +227,8 @@ def zero(layer):
 
 
 class Own(en.LayerNorm):
-    def __call__(self, x, **kwargs):
-        return 2 * super().__call__(x, **kwargs)
+    def __call__(self, x, *args, **kwargs):
+        return 2 * super().__call__(x, *args, **kwargs)
 
 
 LEFT = {

@@ -321,6 +321,8 @@ def test_numpy_leaves(case):
     x = normal(1, (4,))
     there = jax.tree.map(lambda a: np.asarray(a) if eqx.is_array(a) else a, (layer, state))
     np.testing.assert_allclose(call(*there, x), call(layer, state, x), rtol=1e-6)
+    baked: Any
+    expected: Any
     baked, expected = (en.bake(*both) for both in (there, (layer, state)))
     if state is not None:
         (baked, _), (expected, _) = baked, expected
