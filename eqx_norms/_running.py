@@ -12,7 +12,7 @@ import numpy as np
 from equinox.nn import State, StateIndex
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Inexact, Int
+from jaxtyping import Array, Inexact, Real
 
 from ._axes import to_feature_order
 from ._checks import Check
@@ -32,7 +32,7 @@ class RunningStats(eqx.Module):
 
     mean: Inexact[Array, "*features"]
     var: Inexact[Array, "*features"]
-    count: Int[Array, "*features"]
+    count: Real[Array, "*features"]
 
 
 class PooledStats(eqx.Module):
@@ -45,7 +45,7 @@ class PooledStats(eqx.Module):
 
     mean: Inexact[Array, "*features"]
     var: Inexact[Array, "*features"]
-    count: Int[Array, "*features"]
+    count: Real[Array, "*features"]
 
 
 Stats = TypeVar("Stats", RunningStats, PooledStats)
