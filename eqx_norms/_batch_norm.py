@@ -82,8 +82,8 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         Flax's `nnx.BatchNorm`.
     """
 
-    _arguments: ClassVar[tuple[str, ...]] = ("axis",)
-    _alone: ClassVar[str] = (
+    _axes_arguments: ClassVar[tuple[str, ...]] = ("axis",)
+    _one_position: ClassVar[str] = (
         "For training give a larger batch, or leave out a last batch of one; or evaluate "
         "with `equinox.nn.inference_mode`."
     )
@@ -239,7 +239,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             running.mean.shape,
             given=Statistics(running.mean, None, running.var) if evaluates else None,
             # What is pooled over a data set may have a batch of one at its end.
-            may_be_alone=mask is not None or isinstance(running, PooledStats),
+            allow_one_position=mask is not None or isinstance(running, PooledStats),
         )
         if evaluates:
             warn_if_new(running, check=check)

@@ -242,8 +242,8 @@ class Check(NamedTuple):
         feature_axes: tuple[int, ...],
         arguments: Sequence[str] = (),
     ) -> Shape:
-        """The feature shape, in the order of `feature_axes`; `arguments` are those that say
-        which these are, where there may be several."""
+        """The feature shape, in the order of `feature_axes`; `arguments` are those to give
+        for several, if that is possible."""
         shape = self.integers(num_features, "num_features")
         if len(shape) != len(feature_axes):
             remedy = "Give as many sizes as axes"
@@ -268,7 +268,8 @@ class Check(NamedTuple):
         axes: tuple[int, ...],
         arguments: Sequence[str],
     ) -> None:
-        """`arguments` are those that say along which axes the features are."""
+        """The first of `arguments` says along which axes the features are; all are to be
+        given for others."""
         received = feature_shape(shape, axes)
         if received != features:
             remedy = f"that `{arguments[0]}` says where the features are"
@@ -373,9 +374,10 @@ class Check(NamedTuple):
                 f"{mask.dtype}. Compare it with a number: `mask > 0`, for example."
             )
         self.broadcasts(mask, x, "mask")
-        # A mask that fits the first axes as well as the last ones, where it belongs, was
-        # meant for the first if it would be the same for all that a statistic is over. (A
-        # mask of features is of use in a `LayerNorm`, for as many examples too.)
+        # A mask broadcasts from the last axes. If its shape is that of the first axes too,
+        # and along the last ones it would vary only over axes that are not reduced, then
+        # all of a statistic would count or none: it was meant for the first. (A mask of
+        # features is of use in a `LayerNorm`, for as many examples too.)
         missing = x.ndim - mask.ndim
         if not missing or mask.shape != x.shape[:-missing]:
             return

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from ._checks import Check
 from ._sharding import explicit_mesh
 from ._types import Groups, Names, Size
-from ._vmapped import vmapped_first, vmapped_index, vmapped_sum
+from ._vmapped import unvarying_index, vmapped_first, vmapped_sum
 
 
 class Members(eqx.Module):
@@ -25,8 +25,8 @@ class Members(eqx.Module):
     - `mesh_names`: the names of mesh axes, `pmap`'s among them: a sum over them is a
         collective.
     - `indices`: this member's index along each vmapped axis.
-    - `num_groups`, `group`: how many groups there are, and which is this member's; `None`
-        without groups.
+    - `num_groups`: how many groups there are; 1 without groups.
+    - `group`: which of them is this member's; `None` without groups.
     """
 
     size: Size = eqx.field(static=True, default=1)
@@ -98,7 +98,7 @@ class Members(eqx.Module):
 ALONE = Members()
 
 
-def _vmapped_index(name: Hashable, x: Array) -> Array:
+def _index_along(name: Hashable, x: Array) -> Array:
     """The member's index along a vmapped axis, on the mesh that `x` is on.
 
     Without `jax.set_mesh` JAX puts an index on no mesh. But a `vmap` over an axis that is
@@ -140,26 +140,20 @@ def bound_members(
                 f"axis_name={name!r})`, or `jax.shard_map` over a mesh with that axis; "
                 "or leave `axis_name` out to use the statistics of the input alone."
             ) from None
-        if groups is not None:
-            if len(groups) > size:
-                raise check.error(
-                    f"`axis_index_groups` has {len(groups)} groups, more than the {size} "
-                    f"members of axis {name!r}."
-                )
-            if sorted(sum(groups, ())) != list(range(size)):
-                raise check.error(
-                    f"`axis_index_groups={groups}` must have each index of axis {name!r}, "
-                    f"0 to {size - 1}, in exactly one group."
-                )
+        if groups is not None and sorted(sum(groups, ())) != list(range(size)):
+            raise check.error(
+                f"`axis_index_groups={groups}` must have each index of axis {name!r}, 0 to "
+                f"{size - 1}, in exactly one group."
+            )
     # `pmap` is built on `shard_map`, so its names are found here as well.
     manual = jax.sharding.get_abstract_mesh().manual_axes
     mesh_names = tuple(name for name in names if name in manual)
-    indices = tuple(_vmapped_index(name, x) for name in names if name not in manual)
+    indices = tuple(_index_along(name, x) for name in names if name not in manual)
     size = math.prod(lax.axis_size(name) for name in names)
     if groups is None:
         return Members(size, mesh_names, 1, indices)
     # There is one name.
-    index = vmapped_index(indices[0]) if indices else lax.axis_index(names)
+    index = unvarying_index(indices[0]) if indices else lax.axis_index(names)
     group_of = np.empty(size, np.int32)
     for number, group in enumerate(groups):
         group_of[list(group)] = number

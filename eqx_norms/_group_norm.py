@@ -44,7 +44,7 @@ class GroupNorm(AbstractExampleNorm):
         Flax's `nnx.GroupNorm`, and `feature_axis` and `batch_axes`.
     """
 
-    _arguments: ClassVar[tuple[str, ...]] = ("feature_axis",)
+    _axes_arguments: ClassVar[tuple[str, ...]] = ("feature_axis",)
 
     num_groups: int = eqx.field(static=True)
     reduction_axes: tuple[int, ...] | None = eqx.field(static=True)

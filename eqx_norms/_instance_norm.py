@@ -47,7 +47,9 @@ class InstanceNorm(AbstractExampleNorm):
         "It needs axes besides `batch_axes` and `feature_axes`. For one example, as inside "
         "`jax.vmap`, use `batch_axes=()`."
     )
-    _alone: ClassVar[str] = "Give an input of more positions, or leave the layer out."
+    _one_position: ClassVar[str] = (
+        "Give an input of more positions, or leave the layer out."
+    )
 
     feature_axes: tuple[int, ...] = eqx.field(static=True)
     batch_axes: tuple[int, ...] = eqx.field(static=True)

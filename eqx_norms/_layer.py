@@ -123,13 +123,14 @@ class AbstractNorm(AnswersNames, eqx.Module):
     )
     use_fast_variance: bool = eqx.field(static=True, default=True, kw_only=True)
 
-    # The arguments, and fields, that say along which axes the features are.
-    _arguments: ClassVar[tuple[str, ...]] = ("feature_axes",)
+    # The argument, and field, that says along which axes the features are; and those that
+    # change with it, which errors name too.
+    _axes_arguments: ClassVar[tuple[str, ...]] = ("feature_axes",)
     _subtract_mean: ClassVar[bool] = True
     # What to do where no axis is left to take statistics over.
     _remedy: ClassVar[str] = "Name one in `reduction_axes`, or an `axis_name`."
     # What to do where statistics are of one position each, if that is refused.
-    _alone: ClassVar[str] = ""
+    _one_position: ClassVar[str] = ""
 
     def _set_common(
         self,
@@ -149,9 +150,10 @@ class AbstractNorm(AnswersNames, eqx.Module):
         scale_offset: float,
         key: PRNGKeyArray | None,
     ) -> Shape:
-        """Sets these fields, from within a constructor, and returns the feature shape."""
+        """Sets the fields of `AbstractNorm`, from within a constructor, and returns the
+        feature shape."""
         check = self._check
-        shape = check.num_features(num_features, feature_axes, self._arguments)
+        shape = check.num_features(num_features, feature_axes, self._axes_arguments)
         self.num_features = shape if isinstance(num_features, Sequence) else shape[0]
         use_bias = check.flag(use_bias, "use_bias")
         use_scale = check.flag(use_scale, "use_scale")
@@ -186,7 +188,7 @@ class AbstractNorm(AnswersNames, eqx.Module):
 
     def _layout(self) -> tuple[str, tuple[int, ...]]:
         """What the layer calls its feature axes, and which they are."""
-        return self._arguments[0], as_tuple(getattr(self, self._arguments[0]))
+        return self._axes_arguments[0], as_tuple(getattr(self, self._axes_arguments[0]))
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
         """What the statistics of an input of this shape are over."""
@@ -201,17 +203,17 @@ class AbstractNorm(AnswersNames, eqx.Module):
         features: Shape | None,
         *,
         given: Statistics | None = None,
-        may_be_alone: bool = False,
+        allow_one_position: bool = False,
     ) -> tuple[Settings, Inputs]:
         """Checks the arrays of a call. Returns what `compute` takes. `features` is the
-        feature shape that is required, `None` if any will do. `may_be_alone` says that
-        statistics of one position each are not refused."""
+        feature shape that is required, `None` if any will do. `allow_one_position` says
+        that statistics of one position each are not refused."""
         check = self._check
         argument, axes = self._layout()
         x = check.array(x, "x")
         axes = check.axes_in(x.ndim, axes, argument)
         if features is not None:
-            check.features(features, x.shape, axes, self._arguments)
+            check.features(features, x.shape, axes, self._axes_arguments)
         return prepare(
             x,
             self._reduction(x.shape, axes),
@@ -229,7 +231,7 @@ class AbstractNorm(AnswersNames, eqx.Module):
             names=self.axis_name,
             groups=self.axis_index_groups,
             remedy=self._remedy,
-            alone="" if may_be_alone else self._alone,
+            one_position="" if allow_one_position else self._one_position,
         )
 
 
@@ -301,15 +303,15 @@ class AbstractExampleNorm(AbstractNorm):
 
 
 class AbstractAxesNorm(AbstractExampleNorm):
-    """A layer that says itself which axes its statistics are over."""
+    """A layer with `feature_axes` and `reduction_axes`."""
 
-    _arguments: ClassVar[tuple[str, ...]] = ("feature_axes", "reduction_axes")
+    _axes_arguments: ClassVar[tuple[str, ...]] = ("feature_axes", "reduction_axes")
 
     reduction_axes: tuple[int, ...] = eqx.field(static=True)
     feature_axes: tuple[int, ...] = eqx.field(static=True)
 
     def _set_axes(self, feature_axes: Axes, reduction_axes: Axes | None) -> None:
-        """Sets these fields, from within a constructor."""
+        """Sets both fields, from within a constructor."""
         check = self._check
         self.feature_axes = check.axes(feature_axes, "feature_axes")
         self.reduction_axes = check.reduction_axes(reduction_axes, self.feature_axes)

@@ -64,17 +64,20 @@ def answers_names(function: Callable[P, T]) -> Callable[P, T]:
         if not kwargs.keys() <= own:
             names = [name for name in kwargs if name not in own]
             if answers := "".join(_answer(name, own) for name in names):
-                name = type(args[0]).__name__ if "self" in own else function.__name__
+                owner = type(args[0]).__name__ if "self" in own else function.__name__
                 received = ", ".join(map(repr, names))
-                raise TypeError(f"{name}: unexpected keyword argument {received}.{answers}")
+                raise TypeError(
+                    f"{owner}: unexpected keyword argument {received}.{answers}"
+                )
         return function(*args, **kwargs)
 
     return wrapper
 
 
 class AnswersNames:
-    """A layer that answers names where it is made and called. (What reads the source, as
-    type checkers do, finds the methods as they are written.)"""
+    """A layer that checks arguments in its own name, and answers names from elsewhere where
+    it is made and called. (What reads the source, as type checkers do, finds the methods
+    as they are written.)"""
 
     @property
     def _check(self) -> Check:
@@ -84,8 +87,8 @@ class AnswersNames:
         super().__init_subclass__(**kwargs)
         for name in {"__init__", "__call__"} & cls.__dict__.keys():
             method = cls.__dict__[name]
-            # A wrapper does not know what it is to hand on. Users' own subclasses name
-            # arguments as they like.
+            # A method with `**kwargs` hands on names that it does not know. Users' own
+            # subclasses name arguments as they like.
             knows = "kwargs" not in inspect.signature(method).parameters
             if knows and cls.__module__.partition(".")[0] == __package__:
                 setattr(cls, name, answers_names(method))

@@ -12,7 +12,7 @@ import numpy as np
 from equinox.nn import State, StateIndex
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Inexact, Int
+from jaxtyping import Array, Inexact, Real
 
 from ._axes import to_feature_order
 from ._checks import Check
@@ -32,7 +32,7 @@ class RunningStats(eqx.Module):
 
     mean: Inexact[Array, "*features"]
     var: Inexact[Array, "*features"]
-    count: Int[Array, "*features"]
+    count: Real[Array, "*features"]
 
 
 class PooledStats(eqx.Module):
@@ -45,7 +45,7 @@ class PooledStats(eqx.Module):
 
     mean: Inexact[Array, "*features"]
     var: Inexact[Array, "*features"]
-    count: Int[Array, "*features"]
+    count: Real[Array, "*features"]
 
 
 Stats = TypeVar("Stats", RunningStats, PooledStats)
@@ -111,7 +111,8 @@ def warn_if_new(stats: Any, *, check: Check) -> None:
             "mean 0 and variance 1: the input is not normalised. Train first and keep the "
             "state that each call returns, load the state together with the model, or use "
             "`eqx_norms.recalibrate`.",
-            stacklevel=3,
+            # Beyond the wrappers of `BatchNorm.__call__`.
+            stacklevel=6,
         )
 
 
@@ -128,36 +129,37 @@ class Step(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def update(how: Step, old: RunningStats, batch: Statistics) -> RunningStats:
+def update(step: Step, old: RunningStats, batch: Statistics) -> RunningStats:
     """Takes a step towards the statistics of a batch, feature by feature."""
-    found = _as_stored(how, old, *_average(how, *_groups(how, batch)))
-    return _where_good(old, found, _stepped(how, old, *found[:2]))
+    found = _as_stored(step, old, *_average(step, *_groups(step, batch)))
+    return _where_good(old, found, _stepped(step, old, *found[:2]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def pool(how: Step, old: PooledStats, batch: Statistics) -> PooledStats:
+def pool(step: Step, old: PooledStats, batch: Statistics) -> PooledStats:
     """Joins a batch to what was seen before, each position counting once."""
-    found = _as_stored(how, old, *_pool(*_groups(how, batch)))
+    found = _as_stored(step, old, *_pool(*_groups(step, batch)))
     before = (old.mean, old.var, old.count.astype(found[2].dtype))
     return _where_good(old, found, _pool(*map(jnp.stack, zip(before, found, strict=True))))
 
 
-def _groups(how: Step, batch: Statistics) -> tuple[Array, Array, Array]:
+def _groups(step: Step, batch: Statistics) -> tuple[Array, Array, Array]:
     """Mean, variance and number of positions of each group of members, along axis 0."""
     mean, var, positions = batch.mean, batch.var, batch.positions
     assert mean is not None
     if positions is None:
-        positions = jnp.full_like(var, how.size)
+        positions = jnp.full_like(var, step.size)
     count = positions.astype(var.dtype)
-    return (mean, var, count) if how.grouped else (mean[None], var[None], count[None])
+    return (mean, var, count) if step.grouped else (mean[None], var[None], count[None])
 
 
-def _as_stored(how: Step, old: Stats, *of_batch: Array) -> tuple[Array, Array, Array]:
-    """In the dtypes and the order of axes of what is stored, and split over devices as that
-    is: on an Explicit mesh the features may be sharded and the state not."""
+def _as_stored(step: Step, old: Stats, *of_batch: Array) -> tuple[Array, Array, Array]:
+    """Mean, variance and number of positions in the order of axes of what is stored, the
+    last in the dtype of the variance; and split over devices as that is. (On an Explicit
+    mesh the features may be sharded and the state not.)"""
     dtypes = old.mean.dtype, old.var.dtype, old.var.dtype
     mean, var, count = (
-        shard_like(to_feature_order(cast(array, dtype), how.feature_axes), old.count)
+        shard_like(to_feature_order(cast(array, dtype), step.feature_axes), old.count)
         for array, dtype in zip(of_batch, dtypes, strict=True)
     )
     return mean, var, count
@@ -168,8 +170,8 @@ def _where_good(
 ) -> Stats:
     """The new statistics, or the old ones where a batch says nothing of a feature. (What is
     found of a batch is the same on all devices, so all devices decide alike.)"""
-    mean, var, count = found
-    good = jnp.isfinite(mean) & jnp.isfinite(var) & (count > 0)
+    mean, var, positions = found
+    good = jnp.isfinite(mean) & jnp.isfinite(var) & (positions > 0)
     stats = (
         jnp.where(good, after.astype(before.dtype), before)
         for after, before in zip(new, (old.mean, old.var, old.count), strict=True)
@@ -187,13 +189,13 @@ def _pool(mean: Array, var: Array, count: Array) -> tuple[Array, Array, Array]:
 
 
 def _average(
-    how: Step, mean: Array, var: Array, count: Array
+    step: Step, mean: Array, var: Array, count: Array
 ) -> tuple[Array, Array, Array]:
-    """The mean of the means and that of the variances of several samples, along the first
-    axis, and how many positions were counted."""
-    # One position says nothing of a variance.
+    """The means and the variances of several samples, along the first axis, averaged by
+    their numbers of positions; and the sum of these. A sample of one position, which says
+    nothing of a variance, counts as empty."""
     count = jnp.where(count > 1, count, 0)
-    if how.unbiased:
+    if step.unbiased:
         var = var * (count / jnp.maximum(count - 1, 1))
     return _weighted(mean, var, count)
 
@@ -206,10 +208,10 @@ def _weighted(mean: Array, var: Array, count: Array) -> tuple[Array, Array, Arra
 
 
 def _stepped(
-    how: Step, old: RunningStats, mean: Array, var: Array
+    step: Step, old: RunningStats, mean: Array, var: Array
 ) -> tuple[Array, Array, Array]:
     """The running statistics after a step towards the mean and variance of a batch."""
-    of_old, of_new = _weights(how, old.count.astype(var.dtype))
+    of_old, of_new = _weights(step, old.count.astype(var.dtype))
     # The batch's share is small after many batches: 1 - keep would lose its digits.
     keep, share = of_old / (of_old + of_new), of_new / (of_old + of_new)
 
@@ -224,14 +226,15 @@ def _stepped(
     return blend(old.mean, mean), blend(old.var, var), old.count + 1
 
 
-def _weights(how: Step, seen: Array) -> tuple[Any, Any]:
+def _weights(step: Step, seen: Array) -> tuple[Any, Any]:
     """The weights, up to a common factor, of the running statistics after `seen` batches,
     and of one batch more."""
     # The average over all batches is the limit for a momentum of one.
-    if how.momentum is None or (how.debias and how.momentum == 1):
+    if step.momentum is None or (step.debias and step.momentum == 1):
         return seen, 1
-    if not how.debias or how.momentum == 0:
-        return how.momentum, 1 - how.momentum
-    # m + m^2 + ... + m^n after n batches. Powers near one would lose precision.
-    sums = -jnp.expm1(seen * math.log(how.momentum))
-    return how.momentum / (1 - how.momentum) * sums, 1
+    if not step.debias or step.momentum == 0:
+        return step.momentum, 1 - step.momentum
+    # m + m^2 + ... + m^n = m (1 - m^n) / (1 - m) after n batches. Powers near one would
+    # lose precision.
+    rest = -jnp.expm1(seen * math.log(step.momentum))
+    return step.momentum / (1 - step.momentum) * rest, 1

@@ -18,10 +18,11 @@ Where `f = inv * scale` has the shape of `inv`, it is formed first:
 
     y = d * f + bias,    dy = dx * f + z * (dscale - b * f) + (dbias - a * f).
 
-The tangent is a linear function of `dx`, `dscale` and `dbias`. It computes what it needs of
-`x`, of scale and of the statistics, which are small; `jax.checkpoint` keeps these for the
-backward pass, and nothing else. JAX transposes the function when the time comes: that gives
-reverse mode, where `jax.custom_vjp` would give up forward mode and second derivatives.
+The tangent is a linear function of `dx`, `dscale` and `dbias`. It computes the rest anew
+from `x`, the mask, the scale and the statistics; `jax.checkpoint` keeps these alone for the
+backward pass (and what says who the members are). JAX transposes the function when the time
+comes: that gives reverse mode, where `jax.custom_vjp` would give up forward mode and second
+derivatives.
 """
 
 import functools
@@ -70,8 +71,9 @@ def _deviation(
     if settings.epsilon > limits.tiny:
         inv = jax.lax.rsqrt(v)
     else:
-        # A variance that rounding can explain counts as zero: that of the values
-        # themselves, and where the mean is not given, that of the sums about the shift.
+        # A deviation that rounding explains counts as zero: up to 8 roundings of the mean.
+        # If the mean was computed, up to an eighth of the offset as well: of values that
+        # are equal, no more than the rounding of the sums is left.
         explained = 8 * float(limits.eps) * jnp.abs(shift)
         if stats.offset is not None:
             explained = jnp.minimum(explained, jnp.abs(offset) / 8)
@@ -87,13 +89,14 @@ def _deviation(
     return (jnp.where(valid, x, 0) - shift) - offset, inv, valid
 
 
-def _total(terms: tuple[Array | None, ...], dtype: np.dtype, offset: float = 0.0) -> Any:
-    """The sum of the terms that are not `None`; `None` if there are none. Where terms
-    broadcast, the sum has more entries than they have. So the backward pass keeps the
-    terms, and computes the sum anew."""
+def _total(terms: tuple[Array | None, ...], dtype: np.dtype, added: float = 0.0) -> Any:
+    """The sum of the terms that are not `None`, and of `added`; `None` if there are no
+    terms."""
+    # Where terms broadcast, the sum has more entries than they have. So the backward pass
+    # keeps the terms, and computes the sum anew.
     present = [term.astype(dtype) for term in terms if term is not None]
     total = functools.reduce(operator.add, present) if present else None
-    return total if total is None or offset == 0 else total + offset
+    return total if total is None or added == 0 else total + added
 
 
 def _keeps_shape(scale: Array | None, inv: Array) -> bool:
@@ -133,7 +136,8 @@ def _tangent(
         dstats = jax.tree.map(jnp.add, dstats, tangents.given)
     elif dx is not None:
         t = counted(kept.mask, dx)
-        values = (t,) * settings.subtract_mean + (real_product(d, t),)
+        products = real_product(d, t)
+        values = (t, products) if settings.subtract_mean else (products,)
         averages, _ = means(settings, kept, *values, positions=stats.positions)
         # Without the barrier XLA fuses these sums, over the last axis, with the gradient of
         # `x` on a GPU, and needs another kernel, which reads `x` again, for the gradients
@@ -142,6 +146,7 @@ def _tangent(
         if reduction.over_last_axis(d):
             averages = jax.lax.optimization_barrier(averages)
         *a, e = averages
+        # What the mean changes by is the offset's, all of it: the shift may be anything.
         dstats = dstats._replace(offset=a[0] if a else None, var=2 * e)
     a, dvar = (
         0 if t is None else cast(reduction.spread(kept.members.own_group(t), d), wide)
@@ -161,13 +166,15 @@ def _tangent(
 
 def _rule(settings, primals, tangents):
     (inputs,), (tangents,) = primals, tangents
+    # The statistics are kept for the backward pass, and so are results. For rows the shift
+    # is then that of a few entries, and `y` may differ by a rounding from that of a call
+    # without derivative.
     y, stats = _formula(settings._replace(returns_statistics=True), inputs)
     dx = None if isinstance(tangents.x, SymbolicZero) else tangents.x
     # A scalar stands for a tangent that is zero: it takes no memory.
     tangents = jax.tree.map(
         lambda t: jnp.zeros((), t.dtype) if isinstance(t, SymbolicZero) else t,  # pyright: ignore
         tangents._replace(x=None, mask=None, members=None),
-        is_leaf=lambda t: isinstance(t, SymbolicZero),
     )
     kept = inputs._replace(bias=(), given=None)
     tangent = functools.partial(_tangent, settings)
@@ -204,9 +211,10 @@ _formula.defjvp(_rule, symbolic_zeros=True)
 def compute(settings: Settings, inputs: Inputs) -> tuple[Array, Statistics]:
     """Normalises with the statistics of `x`, or with those given, and returns them too.
 
-    With feature axes, given statistics have the feature shape, and so may scale and bias.
-    Otherwise scale, bias and mask broadcast to `x`. All of it is one `jax.jit`: a call
-    outside of any other is one dispatch, and layers that are alike are traced once.
+    The mask broadcasts to `x`. So do scale and bias, unless they have the feature shape:
+    then they lie along the feature axes. Given statistics have the feature shape; without
+    feature axes, that of a statistic. All of it is one `jax.jit`: a call outside of any
+    other is one dispatch, and layers that are alike are traced once.
     """
     x, axes = inputs.x, settings.feature_axes
 
@@ -224,7 +232,7 @@ def compute(settings: Settings, inputs: Inputs) -> tuple[Array, Statistics]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _statistics_alone(settings: Settings, inputs: Inputs) -> Statistics:
+def _only_statistics(settings: Settings, inputs: Inputs) -> Statistics:
     # Compilers leave out what nobody reads.
     return compute(settings, inputs)[1]
 
@@ -235,25 +243,25 @@ def prepare(
     *,
     check: Check,
     mask: Any,
-    scale: tuple[Any, ...],
-    bias: tuple[Any, ...],
-    feature_axes: tuple[int, ...],
-    given: Statistics | None,
+    scale: tuple[Any, ...] = (),
+    bias: tuple[Any, ...] = (),
+    feature_axes: tuple[int, ...] = (),
+    given: Statistics | None = None,
     dtype: ResultDType,
     epsilon: float,
-    scale_offset: float,
-    subtract_mean: bool,
-    use_fast_variance: bool,
+    scale_offset: float = 0.0,
+    subtract_mean: bool = True,
+    use_fast_variance: bool = True,
     names: Names | None,
     groups: Groups | None,
     remedy: str,
-    alone: str = "",
+    one_position: str = "",
 ) -> tuple[Settings, Inputs]:
     """Checks the arrays of a call. Returns what `compute` takes.
 
     Of the scales and biases the last is that of the call, and what is before it the
     layer's own. `remedy` says what to do where there is nothing to take statistics over;
-    `alone` where they are of one position each, if that is refused.
+    `one_position` where they are of one each, if that is refused.
     """
     (mask,) = check.arrays("mask", mask)
     reduced = reduction.all_axes
@@ -272,11 +280,11 @@ def prepare(
                 f"{remedy}"
             )
         members = bound_members(names, groups, x, check=check)
-        if alone and reduction.size(x.shape) * members.size == 1:
+        if one_position and reduction.size(x.shape) * members.size == 1:
             raise check.error(
                 "needs more than one position for each mean and variance, got an input of "
                 f"shape {x.shape}, where each is of one: the result would be the bias, "
-                f"whatever the input. {alone}"
+                f"whatever the input. {one_position}"
             )
     settings = Settings(
         reduction,
@@ -349,7 +357,30 @@ def _given(
     return Statistics(parts[0], None, parts[1])
 
 
-_REMEDY = "Name one in `axes`, or an `axis_name`."
+def _prepare_function(
+    check: Check,
+    x: Any,
+    axes: Axes,
+    axis_name: AxisName,
+    axis_index_groups: AxisIndexGroups,
+    mean: Any = None,
+    var: Any = None,
+    **others: Any,
+) -> tuple[Settings, Inputs]:
+    """As `prepare`, for a function, which is given all at once."""
+    x = check.array(x, "x")
+    axes = check.axes_in(x.ndim, check.axes(axes, "axes"), "axes")
+    names = check.names(axis_name)
+    return prepare(
+        x,
+        Reduction(axes),
+        check=check,
+        given=_given(mean, var, x, axes, check),
+        names=names,
+        groups=check.groups(axis_index_groups, names),
+        remedy="Name one in `axes`, or an `axis_name`.",
+        **others,
+    )
 
 
 @overload
@@ -442,8 +473,9 @@ def standardize(
     - `mean`, `var`: moments to normalise with in the place of those of `x`, both or
         neither, each broadcastable to `x` and of size 1 along `axes`. Zeros for `mean` have
         `x` divided by the deviation alone. For an $\varepsilon$ that is an array or traced,
-        add it to `var` and give `epsilon=0.0`. With these two, `axis_name` and
-        `subtract_mean` have no effect.
+        add it to `var` and give `epsilon=0.0`. With these two, the arguments that say how
+        moments are computed have no effect: `subtract_mean`, `use_fast_variance`,
+        `axis_name` and `axis_index_groups`.
     - `mask`: boolean, broadcastable to `x`: `mask[..., None]` if it has no axis of
         features. Where it is `False`, `x` does not count for mean and variance, whatever it
         holds. It is normalised all the same; what is not finite there counts as zero. Where
@@ -478,36 +510,31 @@ def standardize(
     nothing to take statistics over; `NameError` if `axis_name` is bound nowhere.
     """
     check = Check("standardize")
-    x = check.array(x, "x")
-    axes = check.axes(axes, "axes")
-    axes = check.axes_in(x.ndim, axes, "axes")
-    given = _given(mean, var, x, axes, check)
-    if check.flag(return_moments, "return_moments") and given:
-        raise check.error(
-            "`return_moments` is for the moments of `x`, got `mean` and `var` to use in "
-            "their place. Leave it out; `eqx_norms.moments` has those of `x`."
-        )
-    names = check.names(axis_name)
-    settings, inputs = prepare(
+    return_moments = check.flag(return_moments, "return_moments")
+    settings, inputs = _prepare_function(
+        check,
         x,
-        Reduction(axes),
-        check=check,
+        axes,
+        axis_name,
+        axis_index_groups,
+        mean,
+        var,
         mask=mask,
         scale=(scale,),
         bias=(bias,),
-        feature_axes=(),
-        given=given,
         dtype=check.result_dtype(dtype),
         epsilon=check.epsilon(epsilon),
         scale_offset=check.scale_offset(scale_offset),
         subtract_mean=check.flag(subtract_mean, "subtract_mean"),
         use_fast_variance=check.flag(use_fast_variance, "use_fast_variance"),
-        names=names,
-        groups=check.groups(axis_index_groups, names),
-        remedy=_REMEDY,
     )
     if not return_moments:
         return compute(settings, inputs)[0]
+    if inputs.given is not None:
+        raise check.error(
+            "`return_moments` is for the moments of `x`, got `mean` and `var` to use in "
+            "their place. Leave it out; `eqx_norms.moments` has those of `x`."
+        )
     y, found = compute(settings._replace(returns_statistics=True), inputs)
     return y, _as_moments(settings, inputs, found)
 
@@ -551,27 +578,15 @@ def moments(
 
     As [`eqx_norms.standardize`][].
     """
-    check = Check("moments")
-    x = check.array(x, "x")
-    axes = check.axes(axes, "axes")
-    names = check.names(axis_name)
-    settings, inputs = prepare(
+    settings, inputs = _prepare_function(
+        Check("moments"),
         x,
-        Reduction(check.axes_in(x.ndim, axes, "axes")),
-        check=check,
+        axes,
+        axis_name,
+        axis_index_groups,
         mask=mask,
-        scale=(),
-        bias=(),
-        feature_axes=(),
-        given=None,
         dtype="input",
-        epsilon=1e-6,
-        scale_offset=0.0,
-        subtract_mean=True,
-        use_fast_variance=True,
-        names=names,
-        groups=check.groups(axis_index_groups, names),
-        remedy=_REMEDY,
+        epsilon=1e-6,  # On which no moment depends.
     )
     settings = settings._replace(returns_statistics=True)
-    return _as_moments(settings, inputs, _statistics_alone(settings, inputs))
+    return _as_moments(settings, inputs, _only_statistics(settings, inputs))

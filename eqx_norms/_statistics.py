@@ -15,10 +15,11 @@ shift and offset is rounded: by 1e-3 at a mean of 1e4.
 The shift is one of two:
 
 - The mean of a few entries of `x`. This reads `x` once. One of n entries is at most
-  sqrt(n) deviations away from their mean, and one or two as a rule. Along the axis of the
-  examples it is the first entry: a slice there stays on the first device. Along any other
-  axis it is the middle one: padding and first tokens, often outliers, are at the ends.
-  Along the last axis it is eight entries: one feature may be an outlier in every example.
+  sqrt(n) deviations away from their mean, and one or two as a rule. Along each axis it is
+  one entry: the first where the examples are, as a slice there stays on the first device;
+  else the middle one, as padding and first tokens, often outliers, are at the ends. Along
+  the last axis it is up to eight, from that one on: one feature may be an outlier in every
+  example.
 - The mean of all, rounded. This reads `x` twice, but for rows that are not differentiated:
   a GPU then reads them once, in the kernel that also writes the result.
 """
@@ -85,7 +86,8 @@ class Reduction(NamedTuple):
 
     def a_few(self, x: Array, vmapped: bool) -> Array:
         """Slices `x`, along each of `axes`, to the entries whose mean is the shift.
-        `vmapped` says that the examples are along a vmapped axis, and none of `x`."""
+        `vmapped` says that some members are along a vmapped axis, where the first is
+        taken: then the example axis is one like others."""
         example_axis = None if vmapped else self.example_axis
         # Axis 0 last: if it is split over devices, they exchange what the others left.
         for axis in sorted(self.axes, reverse=True):
@@ -107,12 +109,12 @@ class Reduction(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """The statistics of an input, each of a statistic's shape. With groups of members they
+    """The statistics of an input, shaped as `Reduction` says. With groups of members they
     have a leading axis: a row for each group.
 
     - `shift`, `offset`: the mean is their sum. Both are subtracted one after the other:
         `x - shift` is exact where `x` is near the shift, and a mean that is rounded is not.
-        There is no offset where the mean is given, and neither where none is subtracted.
+        The offset is `None` where the mean is given; both are where none is subtracted.
     - `var`: the variance; the mean square where no mean is subtracted.
     - `positions`: how many were counted; `None` if all were.
     """
@@ -179,9 +181,9 @@ def means(
     settings: Settings, inputs: Inputs, *values: Array, positions: Array | None = None
 ) -> tuple[tuple[Array, ...], Array | None]:
     """The mean of each value over all members, in one collective, and how many positions
-    were counted: `None` if all were. They are counted here, in the same collective, if
-    there is a mask and `positions` does not say it. A value is zero where the mask is
-    `False`."""
+    were counted: `None` if all were. The caller has put zeros where the mask is `False`.
+    Positions are counted here, in the same collective, if there is a mask and they are not
+    given."""
     reduction, members = settings.reduction, inputs.members
     sums = [reduction.sum(value) for value in values]
     if inputs.mask is not None and positions is None:
@@ -199,8 +201,8 @@ def _shortened(array: Array) -> Array:
 
     A mean is a product at last, the sum times 1 / size. Where compilers fuse this with
     `x - mean` in several kernels, they may round the product in some of these and not in
-    others. The means then differ by a rounding, 1e-3 at a mean of 1e4. An operation on bits
-    between the two prevents it.
+    others. The means then differ by a rounding. An operation on bits between the two
+    prevents it.
     """
     if jnp.iscomplexobj(array):
         return lax.complex(_shortened(array.real), _shortened(array.imag))
@@ -242,7 +244,7 @@ def _shift(settings: Settings, inputs: Inputs, wide: Array) -> tuple[Array, Arra
 
 
 def statistics(settings: Settings, inputs: Inputs) -> Statistics:
-    """The statistics of `x` over all members, in their precision."""
+    """The statistics of `x` over all members, in the dtype that is computed in."""
     x, reduction, members = inputs.x, settings.reduction, inputs.members
     if inputs.mask is None and x.size == 0:
         inputs = inputs._replace(mask=jnp.zeros(x.shape, bool))
@@ -258,6 +260,6 @@ def statistics(settings: Settings, inputs: Inputs) -> Statistics:
     )
     # The difference of square and |offset|^2. XLA would square the sum in `offset` before
     # it divides, which overflows sooner. Squares that overflow are infinite.
-    root, size = jnp.sqrt(square), jnp.abs(offset)
-    var = jnp.where(square < jnp.inf, jnp.maximum(root - size, 0) * (root + size), square)
+    root, away = jnp.sqrt(square), jnp.abs(offset)
+    var = jnp.where(square < jnp.inf, jnp.maximum(root - away, 0) * (root + away), square)
     return Statistics(shift, offset, var, positions)

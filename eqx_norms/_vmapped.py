@@ -24,7 +24,7 @@ from ._sharding import is_sharded
 def _primitive(name, at_owner):
     primitive = Primitive(name)
 
-    def alone(x, index):
+    def unowned(x, index):
         return x
 
     def batch(operands, dims):
@@ -34,9 +34,9 @@ def _primitive(name, at_owner):
             return primitive.bind(x, index), x_dim
         return at_owner(x, x_dim, index, index_dim)
 
-    primitive.def_impl(alone)
-    primitive.def_abstract_eval(alone)
-    mlir.register_lowering(primitive, mlir.lower_fun(alone, multiple_results=False))
+    primitive.def_impl(unowned)
+    primitive.def_abstract_eval(unowned)
+    mlir.register_lowering(primitive, mlir.lower_fun(unowned, multiple_results=False))
     batching.primitive_batchers[primitive] = batch
     return primitive
 
@@ -91,7 +91,7 @@ def vmapped_first(x: Array, index: Array) -> Array:
     return _first_p.bind(x, index)
 
 
-def vmapped_index(index: Array) -> Array:
-    """The member's index, in the type of an array that varies along no named axis: zero,
-    for which its owner puts the index."""
+def unvarying_index(index: Array) -> Array:
+    """The index, typed as one that varies along no named axis. (It is a zero, which the
+    `vmap` that owns the name replaces.)"""
     return _index_p.bind(jnp.zeros((), index.dtype), index)

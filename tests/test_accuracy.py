@@ -73,9 +73,8 @@ def shift(axis, n):
 def allowance(case, x, expected, mode):
     """What is due to rounding, for each element, in the precision of the statistics.
 
-    The mean is rounded, and is off by a few roundings of a sum: of data with a large mean
-    these are all that matters. Subtraction, inverse deviation and product are four
-    roundings of the output. The fast mode's variance has about 1 + distance^2 times those
+    Subtraction, inverse deviation and product are four roundings of the output, whatever
+    the mean. The fast mode's variance has about 1 + distance^2 times those
     of a sum, where the distance is that of that position from the mean, in
     deviations.
     """
@@ -85,8 +84,6 @@ def allowance(case, x, expected, mode):
     inverse = 1 / np.sqrt(var + EPSILON)
     largest = np.abs(expected).max()
     allowed = np.full(x.shape, 4 * largest)
-    if case.center:
-        allowed = allowed + 4 * np.abs(mean) * inverse
     if mode == "fast" and case.center and axes != (x.ndim - 1,):
         distance = (wide[at(x, axes, shift)] - mean) * inverse
         allowed = allowed + 4 * largest * distance**2
@@ -140,15 +137,6 @@ def test_no_worse_than_pytorch(case, dtype, mode):
         assert error(run(case, x, mode), expected) <= max(
             error(torch(x), expected), rounding
         ), name
-
-
-@row_layers
-def test_contract(case):
-    """The figures of the design, and of nothing but them."""
-    x = lay_out(case, as_dtype("mean 10000", jnp.float32))
-    expected = answer(case, x)
-    for mode in MODES:
-        assert error(run(case, x, mode), expected) <= 3e-7 * 1e4 + 2e-5
 
 
 @row_layers
@@ -209,15 +197,15 @@ def test_an_outlier_at_the_first_position(case, vmapped, value, mode):
     y = jax.jit(lambda x: jax.vjp(f, x)[0])(x)
     difference = np.abs(np.asarray(y) - answer(case, x))
     difference[first] = 0
-    assert difference.max() <= 3e-7 * mean + 2e-5
+    assert difference.max() <= 1e-5
 
 
 # Half precision.
 
 
-def one_rounding(y, expected, mean=0.0):
-    """Besides those of float32: of the result, and of a mean of so many deviations."""
-    slack = 4 * 2.0**-24 * (np.abs(expected).max() + mean)
+def one_rounding(y, expected):
+    """Of the result, besides those of float32."""
+    slack = 4 * 2.0**-24 * np.abs(expected).max()
     y = np.asarray(y)
     difference = np.abs(y.astype(np.float64) - expected)
     return (difference <= output_rounding(expected, y.dtype) + slack).all()
@@ -250,7 +238,7 @@ def test_half_precision_with_parameters(case, dtype):
     )
     y = call(layer, state, jnp.asarray(x))
     assert y.dtype == dtype
-    assert one_rounding(y, expected, mean=200)
+    assert one_rounding(y, expected)
 
 
 @all_norms

@@ -5,13 +5,13 @@ import pytest
 
 import eqx_norms as en
 from eqx_norms._axes import other_axes, to_feature_order, to_input_order, to_rank
-from eqx_norms._checks import Check
+from eqx_norms._checks import Check, as_tuple
 
 from .helpers import along, normal, randomize, reference
 
 
 def canonical(axes, ndim):
-    return Check("Layer").axes_in(ndim, axes, "axes")
+    return Check("Layer").axes_in(ndim, as_tuple(axes), "axes")
 
 
 @pytest.mark.parametrize(

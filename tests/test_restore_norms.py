@@ -268,7 +268,7 @@ LEFT = {
     ),
     "tiny": (lambda: en.LayerNorm(5, param_dtype=jnp.float8_e5m2), "needs a `dtype`"),
     "complex": (lambda: en.RMSNorm(5, param_dtype=jnp.complex64), "mean of squares"),
-    "own class": (lambda: Own(5), "a `__call__` of its own"),
+    "own class": (lambda: Own(5), "a `__call__` of its own"),  # pyright: ignore
     "two axes": (lambda: en.WeightNorm(conv(), feature_axes=(0, 1)), "one feature axis"),
     "two weights": (lambda: en.WeightNorm([linear(), conv()]), r"one weight.*\[0\]"),
     "deep weight": (lambda: en.WeightNorm([linear()]), r"one weight, a field"),
@@ -343,7 +343,7 @@ def test_there_and_back(steps):
     model, state = eqx.nn.make_with_state(lambda: randomize(mixed()))()
     for _ in range(steps):
         _, state = forward(model, state, x)
-    back = en.restore_norms(*en.replace_norms(model, state))
+    back: Any = en.restore_norms(*en.replace_norms(model, state))
     assert jax.tree.structure(eqx.filter(back, eqx.is_array)) == jax.tree.structure(
         eqx.filter((model, state), eqx.is_array)
     )
@@ -353,7 +353,7 @@ def test_there_and_back(steps):
     file = io.BytesIO()
     eqx.tree_serialise_leaves(file, back)
     file.seek(0)
-    loaded = eqx.tree_deserialise_leaves(file, (model, state))
+    loaded: Any = eqx.tree_deserialise_leaves(file, (model, state))
     np.testing.assert_array_equal(evaluate(*loaded, x), evaluate(*back, x))
     # Training goes on.
     _, after = forward(*back, x)

@@ -276,3 +276,17 @@ def test_what_has_no_weight_may_be_nan(kwargs):
     stats = layer.running_stats(state)
     np.testing.assert_allclose(stats.mean, x.mean(0), atol=1e-6)
     np.testing.assert_allclose(stats.var, x.var(0), atol=1e-6)
+
+
+def test_averaged_counts():
+    """An average of states has counts that are no integers."""
+    bn, state = eqx.nn.make_with_state(en.BatchNorm)(3, debias=True)
+    x = normal(0, (4, 3))
+    _, one = bn(x, clone(state))
+    _, two = bn(x, clone(one))
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, one, two)
+    _, new = bn(x, clone(mean))
+    np.testing.assert_allclose(bn.running_stats(new).count, 2.5)
+    assert jnp.all(jnp.isfinite(bn.running_stats(new).var))
+    again = en.recalibrate(bn, mean, [x], lambda m, s, x: m(x, s))
+    np.testing.assert_allclose(bn.running_stats(again).count, 1)

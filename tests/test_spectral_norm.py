@@ -473,13 +473,12 @@ def spectral_weights(baked):
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_converges_in_any_model(make):
-    model: Any
     model, state = eqx.nn.make_with_state(make)()
     model = jax.tree.map(
         lambda a: a + normal(5, a.shape) if eqx.is_inexact_array(a) else a, model
     )
     new = en.converge_spectral_norms(model, state)
-    untied = model() if isinstance(model, eqx.nn.Shared) else model
+    untied: Any = model() if isinstance(model, eqx.nn.Shared) else model
     baked, _ = en.bake(untied, new)
     skip = make is MODELS["around weight norm"]
     weights = list(spectral_weights(baked))[skip:]
@@ -495,7 +494,7 @@ def test_converges_in_any_model(make):
     shapes = lambda tree: list(map(jnp.shape, jax.tree.leaves(tree)))  # noqa: E731
     assert shapes(new) == shapes(state)
     if make is MODELS["several"]:
-        bn = model[1]["deep"][1]
+        bn = untied[1]["deep"][1]
         assert eqx.tree_equal(bn.running_stats(new), bn.running_stats(state))
 
 

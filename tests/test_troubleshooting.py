@@ -9,7 +9,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import eqx_norms as en
@@ -55,13 +54,6 @@ def assign():
     NORM.scale = jnp.ones(3)  # pyright: ignore
 
 
-def donate_and_read():
-    old = jax.tree.map(jnp.copy, STATE)
-    kept = clone(old)
-    eqx.filter_jit(lambda x, s: NORM(x, s), donate="all")(X + 0, old)
-    np.asarray(NORM.running_stats(kept).mean)
-
-
 def warned():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -96,7 +88,6 @@ TROUBLES: dict[str, Any] = {
         eqx.filter_grad(lambda norm: norm(X, state()))(NORM)
     ),
     "Buffer has been deleted or donated.": donate,
-    "Array has been deleted": donate_and_read,
     "grad requires real- or complex-valued inputs (input dtype that is a sub-dtype of "
     "np.inexact), but got bool.": lambda: jax.grad(
         lambda norm: jnp.sum(norm(X, state())[0])
@@ -124,11 +115,25 @@ TROUBLES: dict[str, Any] = {
 }
 
 
+# What JAX 0.8 or 0.12 says in the place of what 0.10 does; the page has that too.
+IN_OTHER_VERSIONS = {
+    "vmap has mapped output (axis_name=batch) but out_axes is None": (
+        "vmap has mapped output (axis_name='batch') but out_axes is None",
+    ),
+    "Buffer has been deleted or donated.": (
+        "Invalid buffer passed: buffer has been deleted or donated.",
+        "Array has been deleted with shape=float32[3].",
+    ),
+}
+
+
 @pytest.mark.parametrize(("text", "provoke"), TROUBLES.items(), ids=TROUBLES)
 def test_each_is_on_the_page(text, provoke):
-    with pytest.raises(Exception, match=re.escape(text)):
+    texts = text, *IN_OTHER_VERSIONS.get(text, ())
+    with pytest.raises(Exception, match="|".join(map(re.escape, texts))):
         provoke()
-    assert text in PAGE.read_text()
+    page = PAGE.read_text()
+    assert all(text in page for text in texts)
 
 
 def test_the_page_has_no_others():

@@ -320,9 +320,9 @@ def test_numpy_leaves(case):
     layer, state = case.build(4)
     x = normal(1, (4,))
     there = jax.tree.map(lambda a: np.asarray(a) if eqx.is_array(a) else a, (layer, state))
-    np.testing.assert_allclose(call(*there, x), call(layer, state, x), rtol=1e-6)
-    baked: Any
-    expected: Any
+    np.testing.assert_allclose(
+        call(there[0], there[1], x), call(layer, state, x), rtol=1e-6
+    )
     baked, expected = (en.bake(*both) for both in (there, (layer, state)))
     if state is not None:
         (baked, _), (expected, _) = baked, expected
