@@ -49,7 +49,7 @@ class SpectralStats(eqx.Module):
 
 
 def _sigma(weight: Array, stats: SpectralStats) -> Array:
-    vectors = (vector.astype(weight.dtype) for vector in (stats.u, stats.v))
+    vectors = (jnp.asarray(vector, weight.dtype) for vector in (stats.u, stats.v))
     # An average of unit vectors is shorter than one.
     u, v = (_unit(vector, vector, 0.0) for vector in vectors)
     # Of either sign where the vectors are those of another weight.

@@ -191,9 +191,10 @@ def means(
     else:
         sums = members.sum(*sums)
     size = reduction.size(values[0].shape) * members.size
-    if positions is not None:
-        size = jnp.maximum(positions, 1)
-    return tuple(total / size for total in sums), positions
+    if positions is None:
+        return tuple(total / size for total in sums), None
+    count = jnp.maximum(positions, 1)
+    return tuple(total / count.astype(total.dtype) for total in sums), positions
 
 
 def _shortened(array: Array) -> Array:

@@ -13,13 +13,18 @@ import pytest
 import eqx_norms as en
 from eqx_norms import convert
 
-from .test_convert_torch import as_pair, close, data, shaken
+from .helpers import assert_close
+from .test_convert_torch import as_pair, data, shaken
 
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 nn = torch.nn
 parametrized = nn.utils.parametrizations
 KEY = jax.random.key(0)
+
+
+def close(found, wanted, tolerance=1e-5):
+    assert_close(found, wanted.detach().numpy(), tolerance)
 
 
 def old(function):

@@ -288,7 +288,7 @@ def test_averaged_as_a_whole(case):
     layer, state = build(case)
     average = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, layer, layer)
     x = normal(1, SHAPE)
-    np.testing.assert_allclose(call(average, state, x), call(layer, state, x), rtol=1e-5)
+    assert_close(call(average, state, x), call(layer, state, x))
 
 
 @all_layers
