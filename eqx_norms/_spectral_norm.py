@@ -49,7 +49,7 @@ class SpectralStats(eqx.Module):
 
 
 def _sigma(weight: Array, stats: SpectralStats) -> Array:
-    vectors = (jnp.asarray(vector, weight.dtype) for vector in (stats.u, stats.v))
+    vectors = (vector.astype(weight.dtype) for vector in (stats.u, stats.v))
     # An average of unit vectors is shorter than one.
     u, v = (_unit(vector, vector, 0.0) for vector in vectors)
     # Of either sign where the vectors are those of another weight.
@@ -318,7 +318,8 @@ class SpectralNorm(AbstractWrapper[Layer]):
     def spectral_stats(self, state: State) -> tuple[SpectralStats, ...]:
         """What `state` holds for this layer, weight by weight in the order of the field
         `weights`."""
-        return get_state(state, self.state_index, check=self._check)
+        stats = get_state(state, self.state_index, check=self._check)
+        return jax.tree.map(jnp.asarray, stats)
 
 
 def converge_spectral_norms(
