@@ -83,7 +83,7 @@ class AnswersNames:
     def _check(self) -> Check:
         return Check(type(self).__name__)
 
-    def __init_subclass__(cls, **kwargs: Any):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in {"__init__", "__call__"} & cls.__dict__.keys():
             method = cls.__dict__[name]
