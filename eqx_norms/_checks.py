@@ -346,15 +346,19 @@ class Check(NamedTuple):
             None if value is None else self.array(value, argument) for value in values
         )
 
-    def broadcasts(self, array: Array, x: Array, argument: str) -> None:
+    def broadcasts(
+        self, array: Array, x: Array, argument: str, feature_axes: Sequence[int] = ()
+    ) -> None:
         # Size by size: `numpy.broadcast_shapes` refuses the symbolic sizes of `jax.export`.
         def fits(axes: Sequence[int]) -> bool:
             sizes = zip(array.shape, axes, strict=True)
             return all(own in (1, x.shape[axis]) for own, axis in sizes)
 
         if array.ndim > x.ndim or not fits(range(x.ndim - array.ndim, x.ndim)):
-            # Which axes would fit: the first ones, if they do.
-            axes = next(filter(fits, itertools.combinations(range(x.ndim), array.ndim)), ())
+            # Which axes would fit: the first ones, and none of features, if they do.
+            fitting = filter(fits, itertools.combinations(range(x.ndim), array.ndim))
+            features = set(feature_axes)
+            axes = min(fitting, key=lambda axes: len(features & {*axes}), default=())
             rest = range(min(axes, default=0), x.ndim)
             index = [":" if axis in axes else "None" for axis in rest]
             remedy = f": `{argument}[..., {', '.join(index).lstrip(', :')}]`, for example"
@@ -364,7 +368,13 @@ class Check(NamedTuple):
                 f"repeated{remedy if axes else ''}."
             )
 
-    def mask(self, mask: Array | None, x: Array, reduced: Sequence[int]) -> None:
+    def mask(
+        self,
+        mask: Array | None,
+        x: Array,
+        reduced: Sequence[int],
+        feature_axes: Sequence[int],
+    ) -> None:
         """`reduced` are the axes that statistics are over."""
         if mask is None:
             return
@@ -373,7 +383,7 @@ class Check(NamedTuple):
                 "`mask` must be boolean, True where a position counts, got dtype "
                 f"{mask.dtype}. Compare it with a number: `mask > 0`, for example."
             )
-        self.broadcasts(mask, x, "mask")
+        self.broadcasts(mask, x, "mask", feature_axes)
         # A mask broadcasts from the last axes. If its shape is that of the first axes too,
         # and along the last ones it would vary only over axes that are not reduced, then
         # all of a statistic would count or none: it was meant for the first. (A mask of

@@ -71,12 +71,12 @@ def _deviation(
     if settings.epsilon > limits.tiny:
         inv = jax.lax.rsqrt(v)
     else:
-        # A deviation that rounding explains counts as zero: up to 8 roundings of the mean.
-        # If the mean was computed, up to an eighth of the offset as well: of values that
-        # are equal, no more than the rounding of the sums is left.
-        explained = 8 * float(limits.eps) * jnp.abs(shift)
+        # A deviation that rounding explains counts as zero: that of a mean that is given,
+        # or up to 8 of them where the mean was computed, if it is no more than an eighth of
+        # the offset as well: of values that are equal, the rounding of the sums is left.
+        explained = float(limits.eps) * jnp.abs(shift)
         if stats.offset is not None:
-            explained = jnp.minimum(explained, jnp.abs(offset) / 8)
+            explained = jnp.minimum(8 * explained, jnp.abs(offset) / 8)
         varies = v > limits.tiny + explained**2
         inv = jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, v, 1)), 0)
     if stats.positions is not None:
@@ -265,7 +265,7 @@ def prepare(
     """
     (mask,) = check.arrays("mask", mask)
     reduced = reduction.all_axes
-    check.mask(mask, x, reduced)
+    check.mask(mask, x, reduced, feature_axes)
     scale, bias = check.arrays("scale", *scale), check.arrays("bias", *bias)
     features = feature_shape(x.shape, feature_axes)
     for argument, terms in (("scale", scale[-1:]), ("bias", bias[-1:])):
@@ -461,7 +461,8 @@ def standardize(
         x, scale, bias = jnp.ones((2, 5, 16)), jnp.zeros((2, 1, 16)), jnp.zeros((2, 1, 16))
         y = en.standardize(x, scale=scale, scale_offset=1.0, bias=bias)
 
-        # A batch norm, and the same with moments that were kept of a batch.
+        # A batch norm, and the same with moments that were kept of a batch: but for the
+        # mean, which then is one number, with the rounding that it has.
         y, moments = en.standardize(x, (0, 1), return_moments=True)
         y = en.standardize(x, (0, 1), mean=moments.mean, var=moments.var)
         ```

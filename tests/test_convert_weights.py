@@ -352,3 +352,15 @@ def test_not_frozen():
     for other in (module, without, nn.Module()):
         with pytest.raises(ValueError, match=r"no counterpart for .*, for frozen batch"):
             convert.from_torch(other)
+
+
+def test_a_second_parametrization():
+    class Twice(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    module = parametrized.spectral_norm(nn.Linear(3, 4))
+    nn.utils.parametrize.register_parametrization(module, "weight", Twice())
+    match = r"from_torch: a module with one .*\['_SpectralNorm', 'Twice'\]. Remove"
+    with pytest.raises(ValueError, match=match):
+        convert.from_torch(module)

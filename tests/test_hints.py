@@ -263,3 +263,15 @@ def test_mask_of_one_example_in_a_vmap():
     np.testing.assert_allclose(y, wanted, atol=1e-5)
     with pytest.raises(ValueError, match=r"Write `mask\[\.\.\., None\]` for the first"):
         en.standardize(x[0], 0, mask=mask[0])
+
+
+def test_a_mask_for_features_first():
+    """The hint leaves the features aside, where their number is that of an axis of space
+    too."""
+    x, mask = normal(0, (2, 4, 4, 4)), np.random.default_rng(0).random((2, 4, 4)) < 0.7
+    layer = en.InstanceNorm(4, feature_axes=1)
+    with pytest.raises(ValueError, match=r"`mask\[..., None, :, :\]`, for example"):
+        layer(x, mask=mask)
+    wanted = np.where(mask[:, None], x, 0).sum((2, 3)) / mask.sum((1, 2))[:, None]
+    moments = en.moments(x, (2, 3), mask=mask[..., None, :, :])
+    np.testing.assert_allclose(moments.mean[..., 0, 0], wanted, rtol=1e-4, atol=1e-6)

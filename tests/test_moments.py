@@ -221,6 +221,17 @@ def test_moments_given():
     np.testing.assert_allclose(dy, slope, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("mean", "deviation"), [(1e4, 5e-3), (3e3, 1e-3)])
+def test_an_epsilon_in_the_variance_far_from_zero(mean, deviation):
+    """It is not taken for rounding; the mean that is given has its own."""
+    x = (mean + deviation * np.random.default_rng(0).normal(size=(64, 4))).astype("f4")
+    found, wide = en.moments(x, 0), np.float64(x)
+    y = en.standardize(x, 0, mean=found.mean, var=found.var + 1e-5, epsilon=0.0)
+    expected = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
+    rounding = 6e-8 * mean / np.sqrt(wide.var(0).min() + 1e-5)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=rounding + 1e-4)
+
+
 def test_moments_given_have_gradients():
     x = data(1.0)
     mean, var, _ = wanted(x, (0, 1))

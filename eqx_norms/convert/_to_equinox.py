@@ -33,9 +33,9 @@ def to_equinox(layer: Any, state: State | None = None) -> Any:
     - `LayerNorm`, `RMSNorm`: `reduction_axes` and `feature_axes` are the same last axes,
         in order. The result takes no more axes than these: use `jax.vmap` for others.
     - `BatchNorm`: `axis=0`. The result has `mode="batch"`, and trains as the layer does,
-        but for what Equinox has no counterpart of: the running statistics take plain
-        steps, as with `debias=False`, and by 0.99 where `momentum` is `None`. A frozen
-        one has `inference=True`.
+        with `debias=True`. Without, the running statistics take plain steps, after a count
+        of $2^{30}$; where `momentum` is `None`, by 0.99. A frozen one has
+        `inference=True`.
     - `GroupNorm`: `feature_axis=0`, `batch_axes=()`, no `reduction_axes`.
         `InstanceNorm`: `feature_axes=0`, `batch_axes=()`. It becomes a GroupNorm with as
         many groups as features.
@@ -246,15 +246,21 @@ def _batch_norm(layer: Any, path: KeyPath, conversion: _ToEquinox) -> eqx.nn.Bat
     stats = conversion.read(layer.state_index)
     scale, bias = _affine(layer, stats.mean, stats.var, both=True)
     momentum = 0.99 if layer.momentum is None else layer.momentum
-    # Equinox divides its averages by 1 - momentum^n after n batches. They are stored as
-    # they are where that is one: of so many batches, or of none.
+    # Equinox divides its averages by 1 - momentum^n after n batches. Those without debias
+    # are stored as they are where that is one: of so many batches, or of none.
     many = 2**30
     if np.float32(momentum) ** np.float32(many) != 0:
         raise ValueError(
             f"BatchNorm: that of `equinox.nn` divides by zero for `momentum={momentum}`."
         )
     count = jnp.max(stats.count, -1).astype(jnp.array(0).dtype)
-    count = jnp.where((count == 0) | (momentum ** count.astype(float) == 0), count, many)
+    rest = momentum ** count.astype(float)
+    mean, var = stats.mean, stats.var
+    if layer.debias and layer.momentum is not None:
+        seen = jnp.where(count == 0, 1, 1 - rest)[..., None]
+        mean, var = mean * seen.astype(mean.dtype), var * seen.astype(var.dtype)
+    else:
+        count = jnp.where((count == 0) | (rest == 0), count, many)
     names = layer.axis_name or ()
     (size,) = as_tuple(layer.num_features)
     new = eqx.nn.BatchNorm(
@@ -267,7 +273,7 @@ def _batch_norm(layer: Any, path: KeyPath, conversion: _ToEquinox) -> eqx.nn.Bat
         mode="batch",
     )
     counter = conversion.counter(layer.state_index, count)
-    index = conversion.keep_state(layer.state_index, (stats.mean, stats.var))
+    index = conversion.keep_state(layer.state_index, (mean, var))
     new = eqx.tree_at(
         lambda layer: (layer.batch_state_index, layer.batch_counter), new, (index, counter)
     )

@@ -31,13 +31,21 @@ PLAIN = ("Linear", *(f"Conv{way}{n}d" for way in ("", "Transpose") for n in (1, 
 
 def normalizer(source: Any) -> Any:
     """The hook or the parametrization that normalises a weight of a module, if any."""
-    parametrized = getattr(source, "parametrizations", {})
-    hooks = getattr(source, "_forward_pre_hooks", {})
-    for how in (*hooks.values(), *(p for each in parametrized.values() for p in each)):
-        names = ("WeightNorm", "_WeightNorm", "SpectralNorm", "_SpectralNorm")
-        if base(how, "torch.nn.utils", names):
-            return how
-    return None
+    parametrized = [
+        how for each in getattr(source, "parametrizations", {}).values() for how in each
+    ]
+    names = ("WeightNorm", "_WeightNorm", "SpectralNorm", "_SpectralNorm")
+    hooks = (*getattr(source, "_forward_pre_hooks", {}).values(), *parametrized)
+    found = [how for how in hooks if base(how, "torch.nn.utils", names)]
+    every = list({id(how): how for how in (*found, *parametrized)}.values())
+    if found and len(every) > 1:
+        raise ValueError(
+            "from_torch: a module with one `weight_norm` or `spectral_norm` and no other "
+            f"parametrization has a counterpart, got {type_name(source)} with "
+            f"{[type(how).__name__ for how in every]}. Remove the others in PyTorch first, "
+            "with `remove_parametrizations`."
+        )
+    return found[0] if found else None
 
 
 def wrapper(source: Any, how: Any) -> WeightNorm | SpectralNorm:
