@@ -263,6 +263,11 @@ def call(layer: Any, state: Any, x: Any, **kwargs: Any) -> Any:
     return step(layer, state, x, **kwargs)[0]
 
 
+def as_pair(converted: Any) -> tuple[Any, Any]:
+    """What a converter returned: a layer, and its state or `None`."""
+    return converted if isinstance(converted, tuple) else (converted, None)
+
+
 def reference(
     x: Any,
     axes: tuple[int, ...],

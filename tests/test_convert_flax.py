@@ -11,7 +11,7 @@ from flax import nnx
 import eqx_norms as en
 from eqx_norms import convert
 
-from .helpers import assert_close, normal
+from .helpers import as_pair, assert_close, normal
 
 
 ALL = ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"]
@@ -75,10 +75,6 @@ def nnx_layer(name, kwargs, num_features=6):
     state = nnx.state(layer, nnx.Any(nnx.Param, nnx.BatchStat))
     nnx.update(layer, drawn(state))
     return layer
-
-
-def as_pair(converted):
-    return converted if isinstance(converted, tuple) else (converted, None)
 
 
 def linen_case(case):

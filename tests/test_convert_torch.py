@@ -11,7 +11,7 @@ import pytest
 import eqx_norms as en
 from eqx_norms import convert
 
-from .helpers import assert_close
+from .helpers import as_pair, assert_close
 
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -70,17 +70,13 @@ def data(shape):
     return torch.tensor(x), jnp.asarray(x)
 
 
-def as_pair(converted):
-    return converted if isinstance(converted, tuple) else (converted, None)
-
-
 @eqx.filter_jit
 def call(layer, state, x):
     return layer(x, state) if state is not None else (layer(x), None)
 
 
-def close(actual, expected):
-    assert_close(actual, expected.detach().numpy())
+def close(actual, expected, tolerance=1e-5):
+    assert_close(actual, expected.detach().numpy(), tolerance)
 
 
 def same(a, b):

@@ -13,18 +13,14 @@ import pytest
 import eqx_norms as en
 from eqx_norms import convert
 
-from .helpers import assert_close
-from .test_convert_torch import as_pair, data, shaken
+from .helpers import as_pair
+from .test_convert_torch import close, data, shaken
 
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 nn = torch.nn
 parametrized = nn.utils.parametrizations
 KEY = jax.random.key(0)
-
-
-def close(found, wanted, tolerance=1e-5):
-    assert_close(found, wanted.detach().numpy(), tolerance)
 
 
 def old(function):

@@ -89,14 +89,17 @@ def with_parameters(layer: T, scale: Array | None, bias: Array | None) -> T:
     )
 
 
+def with_value(index: StateIndex, value: Any) -> StateIndex:
+    """An index with the same marker, and another initial state."""
+    return eqx.tree_at(
+        lambda index: index.init, index, value, is_leaf=lambda leaf: leaf is index.init
+    )
+
+
 def with_init(layer: Any, value: Any) -> Any:
     """A layer with another initial state."""
-    return eqx.tree_at(
-        lambda layer: layer.state_index.init,
-        layer,
-        value,
-        is_leaf=lambda leaf: leaf is layer.state_index.init,
-    )
+    index = with_value(layer.state_index, value)
+    return eqx.tree_at(lambda layer: layer.state_index, layer, index)
 
 
 def with_state(layer: Any) -> Any:

@@ -15,6 +15,7 @@ from .._layer import AbstractNorm
 from .._state import get_state, initial_state, markers, remaining, with_entries
 from .._trees import KeyPath, find_nodes, map_children, map_nodes
 from .._wrapped import AbstractWrapper
+from ._common import with_value
 
 
 # By class of a package, what makes a new layer of one at a path.
@@ -122,9 +123,7 @@ class Conversion:
         """For a new layer, an index with the marker of an old one, so that layers that
         shared the old state share the new one."""
         self.values[index.marker] = value
-        return eqx.tree_at(
-            lambda index: index.init, index, value, is_leaf=lambda x: x is index.init
-        )
+        return with_value(index, value)
 
     def finish(self, new: Any, source: str) -> Any:
         """What `source` returns for a model that is converted now."""
