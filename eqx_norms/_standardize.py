@@ -53,20 +53,10 @@ from ._statistics import (
 from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike, Groups, Names
 
 
-def _deviation(
-    settings: Settings, inputs: Inputs, stats: Statistics
-) -> tuple[Array, Array, Array | None]:
-    """Returns `d = (x - shift) - offset`, `inv` and, with a mask, a boolean array `valid`.
-    `valid` is `False` where the mask excludes a position and `d * inv` would not be finite;
-    `d` is there that of zero."""
-    x, spread = inputs.x.astype(settings.wide(inputs.x)), settings.reduction.spread
-    stats = jax.tree.map(inputs.members.own_group, stats)
-    # Given ones may be of another width than what is computed in.
-    v = stats.var.astype(real_dtype(x.dtype)) + settings.epsilon
-    shift, offset = (
-        jnp.zeros_like(v) if part is None else cast(part, x.dtype)
-        for part in (stats.shift, stats.offset)
-    )
+def _inverse(settings: Settings, stats: Statistics, dtype: np.dtype) -> Array:
+    """Returns `inv`, which is zero where nothing was counted. `dtype` is what is computed
+    in; given statistics may be of another width."""
+    v = stats.var.astype(real_dtype(dtype)) + settings.epsilon
     limits = jnp.finfo(v.dtype)
     if settings.epsilon > limits.tiny:
         inv = jax.lax.rsqrt(v)
@@ -74,19 +64,35 @@ def _deviation(
         # A deviation that rounding explains counts as zero: that of a mean that is given,
         # or up to 8 of them where the mean was computed, if it is no more than an eighth of
         # the offset as well: of values that are equal, the rounding of the sums is left.
-        explained = float(limits.eps) * jnp.abs(shift)
+        explained = jnp.zeros_like(v)
+        if stats.shift is not None:
+            explained = float(limits.eps) * jnp.abs(stats.shift).astype(v.dtype)
         if stats.offset is not None:
-            explained = jnp.minimum(8 * explained, jnp.abs(offset) / 8)
+            explained = jnp.minimum(8 * explained, jnp.abs(stats.offset) / 8)
         varies = v > limits.tiny + explained**2
         inv = jnp.where(varies, jax.lax.rsqrt(jnp.where(varies, v, 1)), 0)
-    if stats.positions is not None:
-        inv = jnp.where(stats.positions > 0, inv, 0)
-    inv, shift, offset = (spread(part.astype(x.dtype), x) for part in (inv, shift, offset))
-    d = (x - shift) - offset
+    return inv if stats.positions is None else jnp.where(stats.positions > 0, inv, 0)
+
+
+def _deviation(
+    settings: Settings, inputs: Inputs, stats: Statistics
+) -> tuple[Array, Array, Array | None]:
+    """Returns `d = (x - shift) - offset`, `inv` and, with a mask, a boolean array `valid`.
+    `valid` is `False` where the mask excludes a position and `d * inv` would not be finite;
+    `d` is there that of zero."""
+    x = inputs.x.astype(settings.wide(inputs.x))
+
+    def spread(statistic):
+        own = inputs.members.own_group(statistic)
+        return settings.reduction.spread(cast(own, x.dtype), x)
+
+    inv = spread(_inverse(settings, stats, x.dtype))
+    mean = [spread(part) for part in (stats.shift, stats.offset) if part is not None]
+    d = functools.reduce(operator.sub, mean, x)
     if inputs.mask is None:
         return d, inv, None
     valid = inputs.mask | jnp.isfinite(d * inv)
-    return (jnp.where(valid, x, 0) - shift) - offset, inv, valid
+    return functools.reduce(operator.sub, mean, jnp.where(valid, x, 0)), inv, valid
 
 
 def _total(terms: tuple[Array | None, ...], dtype: np.dtype, added: float = 0.0) -> Any:
@@ -131,28 +137,31 @@ def _tangent(
     dscale, dbias = (_total(t, wide) for t in (tangents.scale, tangents.bias))
     dx = None if dx is None else dx.astype(wide)
 
+    a = b = None
     dstats = jax.tree.map(jnp.zeros_like, stats)
+    inverse = _inverse(settings, stats, wide)
     if tangents.given is not None:
         dstats = jax.tree.map(jnp.add, dstats, tangents.given)
+        a, b = dstats.mean, dstats.var / 2 * inverse
     elif dx is not None:
         t = counted(kept.mask, dx)
         products = real_product(d, t)
         values = (t, products) if settings.subtract_mean else (products,)
         averages, _ = means(settings, kept, *values, positions=stats.positions)
+        a, e = averages if settings.subtract_mean else (None, *averages)
+        # What the mean changes by is the offset's, all of it: the shift may be anything.
+        dstats = dstats._replace(offset=a, var=2 * e)
+        b = e * inverse
         # Without the barrier XLA fuses these sums, over the last axis, with the gradient of
         # `x` on a GPU, and needs another kernel, which reads `x` again, for the gradients
         # of scale and bias. A LayerNorm of which it did so took 1.13 times as long to train
         # on an H200 as one in a `vmap`, of which it did not.
         if reduction.over_last_axis(d):
-            averages = jax.lax.optimization_barrier(averages)
-        *a, e = averages
-        # What the mean changes by is the offset's, all of it: the shift may be anything.
-        dstats = dstats._replace(offset=a[0] if a else None, var=2 * e)
-    a, dvar = (
+            a, b = jax.lax.optimization_barrier((a, b))
+    a, b = (
         0 if t is None else cast(reduction.spread(kept.members.own_group(t), d), wide)
-        for t in (dstats.mean, dstats.var)
+        for t in (a, b)
     )
-    b = dvar / 2 * inv
 
     dx = 0 if dx is None else counted(valid, dx)
     dscale, dbias = (0 if t is None else t for t in (dscale, dbias))
