@@ -142,7 +142,7 @@ def _tangent(
     inverse = _inverse(settings, stats, wide)
     if tangents.given is not None:
         dstats = jax.tree.map(jnp.add, dstats, tangents.given)
-        a, b = dstats.mean, dstats.var / 2 * inverse
+        a, b = dstats.mean, dstats.var.astype(inverse.dtype) / 2 * inverse
     elif dx is not None:
         t = counted(kept.mask, dx)
         products = real_product(d, t)

@@ -232,6 +232,20 @@ def test_an_epsilon_in_the_variance_far_from_zero(mean, deviation):
     np.testing.assert_allclose(y, expected, rtol=0, atol=rounding + 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
+def test_moments_given_in_half_precision(dtype):
+    """Are computed with in the precision of the rest, and differentiated."""
+    x = data(1.0).astype(dtype)
+    mean, var = jnp.full((1, 1, 5), 1.5, jnp.bfloat16), jnp.full((1, 1, 5), 2, jnp.bfloat16)
+
+    def f(mean, var):
+        return en.standardize(x, (0, 1), mean=mean, var=var, epsilon=2.0)
+
+    y, dy = jax.jvp(f, (mean, var), (jnp.ones_like(mean), jnp.ones_like(var)))
+    np.testing.assert_allclose(y, (x - 1.5) / 2, rtol=1e-6)
+    np.testing.assert_allclose(dy, -1 / 2 - (x - 1.5) / 16, rtol=1e-6)
+
+
 def test_moments_given_have_gradients():
     x = data(1.0)
     mean, var, _ = wanted(x, (0, 1))
