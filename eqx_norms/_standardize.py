@@ -188,23 +188,7 @@ def _rule(settings, primals, tangents):
         tangents._replace(x=None, mask=None, members=None),
     )
     kept = inputs._replace(bias=(), given=None)
-    tangent = functools.partial(_tangent, settings)
-
-    # On a CPU XLA fuses no sum over the last axis, for the gradient of `x`, with one over
-    # the others, for those of scale and bias. The backward pass takes 1.5 to 4 times as
-    # long where the two share what they compute. On a GPU or a TPU they share a reading of
-    # `x`.
-    def apart(kept, stats, dx, tangents):
-        part = jax.checkpoint(tangent)
-        of_x = part(kept, stats, dx, tangents._replace(scale=(), bias=()))
-        of_parameters = part(kept, stats, None, tangents._replace(given=None))
-        return jax.tree.map(operator.add, of_x, of_parameters)
-
-    def linear(*args):
-        if settings.reduction.over_last_axis(inputs.x) and jax.tree.leaves(inputs.scale):
-            return jax.lax.platform_dependent(*args, cpu=apart, default=tangent)
-        return tangent(*args)
-
+    linear = jax.checkpoint(functools.partial(_tangent, settings))
     # The default, `prevent_cse=True`, has XLA compute anew what it computed forward. If not
     # told so, it may keep that in the place of `x`. Compiled for an H200, a step of three
     # unrolled blocks with RMSNorm then takes 9 percent more memory; run on one, with either
@@ -212,7 +196,7 @@ def _rule(settings, primals, tangents):
     # difference in the median. A TPU v5e pays for the default: its compiler estimates
     # unrolled blocks 4 to 6 percent faster without, and scanned ones 1 to 2 percent.
     # (`tests/benchmarks/blocks.py` and `compiled.py`)
-    return (y, stats), jax.checkpoint(linear)(kept, stats, dx, tangents)
+    return (y, stats), linear(kept, stats, dx, tangents)
 
 
 _formula.defjvp(_rule, symbolic_zeros=True)
