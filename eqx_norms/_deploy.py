@@ -1,7 +1,6 @@
 """A trained model made ready for evaluation by others: with plain layers where there can
 be, and without what only training needs."""
 
-import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from ._dtypes import cast, promote
 from ._freeze import find_batch_norms
 from ._kinds import Kept, calls_as, kind, list_kept, type_name
 from ._state import get_state, remaining, with_entries
-from ._trees import KeyPath, children, find_nodes, map_children
+from ._trees import KeyPath, children, find_nodes, map_children, with_fields
 from ._wrapped import AbstractWrapper
 
 
@@ -151,7 +150,7 @@ def fold_batch_norm(layer: Layer, bn: Any, state: State) -> Layer:
             f"along `axis={bn.axis}`."
         )
     # As the layer computes it, but on a vector, and without a cast at the end.
-    evaluation = _with_fields(bn, frozen=True, axis=(0,), dtype=None)
+    evaluation = with_fields(bn, frozen=True, axis=(0,), dtype=None)
     dtype = promote(weight.dtype, jnp.float32)
     bias = jnp.zeros(outputs, dtype)
     if layer.bias is not None:
@@ -170,7 +169,7 @@ def fold_batch_norm(layer: Layer, bn: Any, state: State) -> Layer:
     new = weight.astype(factor.dtype) * factor.reshape(outputs, *trailing)
     # That of a convolution has the rank of an output.
     trailing = () if isinstance(layer, eqx.nn.Linear) else trailing[1:]
-    return _with_fields(
+    return with_fields(
         layer,
         weight=cast(new, weight.dtype),
         bias=cast(bias, weight.dtype).reshape(outputs, *trailing),
@@ -322,11 +321,3 @@ def _links(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
             yield from _links(layer, (*path, GetAttrKey("layers"), SequenceKey(number)))
     else:
         yield path, node
-
-
-def _with_fields(module: Any, **fields: Any) -> Any:
-    """A copy with other fields, static ones among them, which `equinox.tree_at` cannot."""
-    new = copy.copy(module)
-    for name, value in fields.items():
-        object.__setattr__(new, name, value)
-    return new

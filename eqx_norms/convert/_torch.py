@@ -6,7 +6,7 @@ import numpy as np
 from equinox.nn import State
 
 from .._batch_norm import BatchNorm
-from .._checks import Check
+from .._checks import Check, as_tuple
 from .._freeze import freeze
 from .._group_norm import GroupNorm
 from .._instance_norm import InstanceNorm
@@ -14,20 +14,17 @@ from .._kinds import kind, type_name
 from .._layer import AbstractNorm
 from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
+from .._trees import with_fields
 from .._types import AxisName
 from .._wrapped import AbstractWrapper
 from ._common import (
     LAYERS,
-    as_num_features,
-    axes_order,
     check_entries,
+    check_order,
     contents,
     feature_axes,
-    features_in_order,
-    running_stats,
-    with_init,
-    with_parameters,
-    with_state,
+    over_last_axes,
+    with_contents,
 )
 from ._torch_weights import PLAIN, fill_weights, normalizer, to_array, wrapper
 
@@ -152,7 +149,7 @@ def from_torch(
     else:
         layer = _BUILDERS[str(name)](source, batched, axis_name)
     # Says which parameters there are, and their dtypes.
-    layer = with_parameters(layer, arrays.get("weight"), arrays.get("bias"))
+    layer = with_fields(layer, scale=arrays.get("weight"), bias=arrays.get("bias"))
     return _fill(layer, arrays)
 
 
@@ -223,33 +220,21 @@ def _fill(like: Any, entries: Mapping[str, Any]) -> Any:
             f"from_torch: `like` must be a layer of eqx_norms, got {type_name(like)}."
         )
     check = Check(f"from_torch({type(like).__name__})")
-    shape = features_in_order(like, check)
-    expected = {"weight": like.scale, "bias": like.bias}
-    shapes = {name: shape for name, value in expected.items() if value is not None}
+    axes, sizes = feature_axes(like), as_tuple(like.num_features)
+    check_order(axes, check)
+    shape = tuple(size for _, size in sorted(zip(axes, sizes, strict=True)))
+    parameters = {"weight": like.scale, "bias": like.bias}
+    expected = {name: shape for name, old in parameters.items() if old is not None}
     if isinstance(like, BatchNorm):
-        shapes |= {"running_mean": shape, "running_var": shape, "num_batches_tracked": ()}
+        expected |= {"running_mean": shape, "running_var": shape, "num_batches_tracked": ()}
         # Old state dicts have no count, and PyTorch starts to count anew.
         entries = {"num_batches_tracked": np.zeros((), np.int32), **entries}
-    check_entries(entries, shapes, check)
-
-    # From the order of the input's axes to that of the layer's.
-    order = np.argsort(axes_order(feature_axes(like), check)).tolist()
-
-    def parameter(name):
-        old = expected[name]
-        if old is None:
-            return None
-        return jnp.transpose(to_array(entries[name]), order).astype(old.dtype)
-
-    layer = with_parameters(like, parameter("weight"), parameter("bias"))
-    if isinstance(like, BatchNorm):
-        mean, var = (
-            jnp.transpose(to_array(entries[name]), order)
-            for name in ("running_mean", "running_var")
-        )
-        count = to_array(entries["num_batches_tracked"])
-        layer = with_init(layer, running_stats(mean, var, count))
-    return with_state(layer)
+    check_entries(entries, expected, check)
+    arrays = {name: to_array(value) for name, value in entries.items()}
+    for name, old in parameters.items():
+        if old is not None:
+            arrays[name] = arrays[name].astype(old.dtype)
+    return with_contents(like, {_NAMES[name]: array for name, array in arrays.items()})
 
 
 def _is_frozen(source: Any) -> bool:
@@ -321,16 +306,8 @@ def _group_norm(source: Any, batched: bool, axis_name: AxisName) -> GroupNorm:
     )
 
 
-def _over_last_axes(make: Any, source: Any, epsilon: float) -> AbstractNorm:
-    shape = tuple(source.normalized_shape)
-    axes = tuple(range(-len(shape), 0))
-    return make(
-        as_num_features(shape), epsilon=epsilon, reduction_axes=axes, feature_axes=axes
-    )
-
-
 def _layer_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:
-    return _over_last_axes(LayerNorm, source, source.eps)
+    return over_last_axes(LayerNorm, tuple(source.normalized_shape), source.eps)
 
 
 def _rms_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:
@@ -339,7 +316,7 @@ def _rms_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:
         # PyTorch takes that of the precision it computes in.
         double = source.weight is not None and str(source.weight.dtype) == "torch.float64"
         epsilon = float(np.finfo(np.float64 if double else np.float32).eps)
-    return _over_last_axes(RMSNorm, source, epsilon)
+    return over_last_axes(RMSNorm, tuple(source.normalized_shape), epsilon)
 
 
 _BUILDERS: dict[str, Callable[[Any, bool, AxisName], AbstractNorm]] = {
