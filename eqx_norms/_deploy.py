@@ -256,7 +256,7 @@ class _Folding:
             self.left.append(Kept(path, node, why))
         elif isinstance(node, eqx.nn.BatchNorm):
             self.left.append(Kept(path, node, "`replace_norms` makes one of ours of it"))
-        elif not why and kind(node, "equinox.nn", ("Sequential",), "__call__"):
+        elif not why and kind(node, "equinox.nn", ("Sequential",)):
             self._scan_links(node, path)
         else:
             if isinstance(node, Shared):
@@ -269,7 +269,7 @@ class _Folding:
     def _scan_links(self, sequence: Sequential, path: KeyPath) -> None:
         before = None
         for where, layer in _links(sequence, path):
-            if kind(layer, "equinox.nn", ("Identity",), "__call__"):
+            if kind(layer, "equinox.nn", ("Identity",)):
                 continue
             if isinstance(layer, BatchNorm):
                 try:
@@ -292,7 +292,7 @@ class _Folding:
         if before is None:
             raise ValueError("nothing comes before it in its `equinox.nn.Sequential`")
         layer = before[1]
-        if kind(layer, "equinox.nn", _LINEAR, "__call__") is None:
+        if kind(layer, "equinox.nn", _LINEAR) is None:
             wrapped = " `bake` that first" if isinstance(layer, _WRAPPERS) else ""
             raise ValueError(f"what comes before it is {type_name(layer)}.{wrapped}")
         dimensions = getattr(layer, "num_spatial_dims", 0)
@@ -316,7 +316,7 @@ class _Folding:
 
 def _links(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
     """What is applied one after the other, and where each is in the model."""
-    if kind(node, "equinox.nn", ("Sequential",), "__call__"):
+    if kind(node, "equinox.nn", ("Sequential",)):
         for number, layer in enumerate(node.layers):
             yield from _links(layer, (*path, GetAttrKey("layers"), SequenceKey(number)))
     else:

@@ -89,7 +89,7 @@ class Conversion:
         return new
 
     def builder(self, node: Any) -> Callable[[Any, KeyPath, Any], Any] | None:
-        name = kind(node, self.package, self.builders, "__call__")
+        name = kind(node, self.package, self.builders)
         return None if name is None else self.builders[name]
 
     @abstractmethod
@@ -114,13 +114,14 @@ class Conversion:
                 return get_state(self.state, index, check=Check(self.package))
             return initial_state(index)
         except ValueError as error:
-            raise _MissingState(
-                str(error)
-                if self.state is not None
-                else f"A norm of `{self.package}` has a state, and "
-                "`equinox.nn.make_with_state` took it out of the layer. Give it too: "
-                f"`{self.of_layer}(layer, state)`, `{self.of_model}(model, state)`."
-            ) from None
+            why = str(error)
+            if self.state is None:
+                why = (
+                    f"A norm of `{self.package}` has a state, and "
+                    "`equinox.nn.make_with_state` took it out of the layer. Give it too: "
+                    f"`{self.of_layer}(layer, state)`, `{self.of_model}(model, state)`."
+                )
+            raise _MissingState(why) from None
 
     def keep_state(self, index: StateIndex, value: Any) -> StateIndex:
         """For a new layer, an index with the marker of an old one, so that layers that

@@ -150,18 +150,6 @@ def replace_norms(
     weight and bias were. Not those of a `BatchNorm`, `SpectralNorm` or `WeightNorm`, which
     keep other arrays; load these into the model as it was, and convert that.
 
-    !!! example
-
-        ```python
-        import io
-
-        make = lambda: [eqx.nn.LayerNorm(4), eqx.nn.Linear(4, 4, key=jax.random.key(0))]
-        file = io.BytesIO()  # or the name of one
-        eqx.tree_serialise_leaves(file, make())
-        file.seek(0)
-        model = eqx.tree_deserialise_leaves(file, en.replace_norms(make()))
-        ```
-
     **Arguments:**
 
     - `model`: any PyTree.

@@ -91,9 +91,9 @@ def from_flax(
     """
     is_nnx = any(cls.__module__.startswith("flax.nnx.") for cls in type(layer).__mro__)
     package = "flax.nnx" if is_nnx else "flax.linen"
-    name = kind(layer, package, _KINDS, "__call__")
+    name = kind(layer, package, _KINDS)
     if name is None:
-        wraps = kind(layer, package, ("WeightNorm", "SpectralNorm"), "__call__")
+        wraps = kind(layer, package, ("WeightNorm", "SpectralNorm"))
         raise ValueError(
             f"from_flax: no counterpart for {type_name(layer)}. "
             + (

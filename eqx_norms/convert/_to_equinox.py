@@ -289,7 +289,7 @@ def _weight_norm(layer: Any, path: KeyPath, conversion: _ToEquinox) -> eqx.nn.We
         )
     square = reduction.sum(abs_square(weight.astype(promote(weight, jnp.float32))))
     _require_positive(layer, square, "a length of")
-    (scale,) = layer._scales()
+    (scale,) = layer._own()
     _require_dtype(
         layer, promote(weight, weight if scale is None else scale), weight, scale
     )

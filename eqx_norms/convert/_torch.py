@@ -1,4 +1,4 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,6 +29,13 @@ from ._common import (
 from ._torch_weights import PLAIN, fill_weights, normalizer, to_array, wrapper
 
 
+_NORMS = (
+    *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"),
+    "GroupNorm",
+    *("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"),
+    "LayerNorm",
+    "RMSNorm",
+)
 # What an entry of a state dict is called here.
 _NAMES = {
     "weight": "scale",
@@ -74,13 +81,8 @@ def from_torch(
 
         norm, state = en.convert.from_torch(torch.nn.BatchNorm2d(8))
 
-        # One layer of a whole state dict, into its place in a model and its state:
-        source = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
-        entries = {
-            name.removeprefix("1."): value
-            for name, value in source.state_dict().items()
-            if name.startswith("1.")
-        }
+        # A state dict, into a layer's place in a model and its state:
+        entries = torch.nn.BatchNorm2d(8).state_dict()
         model, state = eqx.nn.make_with_state(lambda: [en.BatchNorm(8, axis=1)])()
         model[0], norm_state = en.convert.from_torch(entries, like=model[0])
         state = state.update(norm_state)
@@ -129,12 +131,12 @@ def from_torch(
             "from_torch: `like` is for a state dict. A module has settings of its own. "
             "Give it alone, or its `state_dict()`."
         )
-    name = kind(source, "torch.nn", _BUILDERS, "forward")
+    name = kind(source, "torch.nn", _NORMS, "forward")
     how, frozen = normalizer(source), _is_frozen(source)
     if how is None and not frozen and name is None:
         raise ValueError(
             f"from_torch: no counterpart for {type_name(source)}. There is one for "
-            f"{', '.join(_BUILDERS)} of `torch.nn`, for their subclasses without a "
+            f"{', '.join(_NORMS)} of `torch.nn`, for their subclasses without a "
             f"`forward` of their own, for {', '.join(PLAIN)} with `weight_norm` or "
             "`spectral_norm`, for frozen batch norms, and for a state dict of one."
         )
@@ -147,7 +149,7 @@ def from_torch(
         layer = _frozen(source, batched, axis_name)
         arrays["num_batches_tracked"] = jnp.ones((), jnp.int32)
     else:
-        layer = _BUILDERS[str(name)](source, batched, axis_name)
+        layer = _norm(source, str(name), batched, axis_name)
     # Says which parameters there are, and their dtypes.
     layer = with_fields(layer, scale=arrays.get("weight"), bias=arrays.get("bias"))
     return _fill(layer, arrays)
@@ -257,17 +259,37 @@ def _frozen(source: Any, batched: bool, axis_name: AxisName) -> BatchNorm:
     )
 
 
-def _batch_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:
-    axis = 1 if batched else 0
+def _norm(source: Any, name: str, batched: bool, axis_name: AxisName) -> AbstractNorm:
+    """A layer with the settings of a module, which is one of `_NORMS`."""
+    if name in ("LayerNorm", "RMSNorm"):
+        make = LayerNorm if name == "LayerNorm" else RMSNorm
+        return over_last_axes(make, tuple(source.normalized_shape), _epsilon(source))
+    axis, batch_axes = (1, 0) if batched else (0, ())
+    if name == "GroupNorm":
+        return GroupNorm(
+            source.num_channels,
+            source.num_groups,
+            epsilon=source.eps,
+            feature_axis=axis,
+            batch_axes=batch_axes,
+        )
+    by_example = name.startswith("InstanceNorm")
     if not source.track_running_stats:
         return InstanceNorm(
             source.num_features,
             epsilon=source.eps,
             feature_axes=axis,
-            batch_axes=(),
-            axis_name=axis_name,
+            batch_axes=batch_axes if by_example else (),
+            axis_name=None if by_example else axis_name,
         )
-    return BatchNorm(
+    if by_example and source.training:
+        raise ValueError(
+            "from_torch: an InstanceNorm with `track_running_stats=True` normalises each "
+            "example in training and by running statistics in evaluation, which no layer "
+            "of eqx_norms does. For its evaluation call `.eval()` first; for its training "
+            "set `track_running_stats=False`."
+        )
+    layer = BatchNorm(
         source.num_features,
         use_running_average=not source.training,
         axis=axis,
@@ -276,55 +298,12 @@ def _batch_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm
         axis_name=axis_name,
         use_unbiased_variance=True,
     )
+    return freeze(layer) if by_example else layer
 
 
-def _instance_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:
-    if not source.track_running_stats:
-        return InstanceNorm(
-            source.num_features,
-            epsilon=source.eps,
-            feature_axes=1 if batched else 0,
-            batch_axes=0 if batched else (),
-        )
-    if source.training:
-        raise ValueError(
-            "from_torch: an InstanceNorm with `track_running_stats=True` normalises each "
-            "example in training and by running statistics in evaluation, which no layer "
-            "of eqx_norms does. For its evaluation call `.eval()` first; for its training "
-            "set `track_running_stats=False`."
-        )
-    return freeze(_batch_norm(source, batched, axis_name))
-
-
-def _group_norm(source: Any, batched: bool, axis_name: AxisName) -> GroupNorm:
-    return GroupNorm(
-        source.num_channels,
-        source.num_groups,
-        epsilon=source.eps,
-        feature_axis=1 if batched else 0,
-        batch_axes=0 if batched else (),
-    )
-
-
-def _layer_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:
-    return over_last_axes(LayerNorm, tuple(source.normalized_shape), source.eps)
-
-
-def _rms_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:
-    epsilon = source.eps
-    if epsilon is None:
-        # PyTorch takes that of the precision it computes in.
-        double = source.weight is not None and str(source.weight.dtype) == "torch.float64"
-        epsilon = float(np.finfo(np.float64 if double else np.float32).eps)
-    return over_last_axes(RMSNorm, tuple(source.normalized_shape), epsilon)
-
-
-_BUILDERS: dict[str, Callable[[Any, bool, AxisName], AbstractNorm]] = {
-    **dict.fromkeys(
-        ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"), _batch_norm
-    ),
-    "GroupNorm": _group_norm,
-    **dict.fromkeys(("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"), _instance_norm),
-    "LayerNorm": _layer_norm,
-    "RMSNorm": _rms_norm,
-}
+def _epsilon(source: Any) -> float:
+    if source.eps is not None:
+        return source.eps
+    # PyTorch's RMSNorm takes that of the precision it computes in.
+    double = source.weight is not None and str(source.weight.dtype) == "torch.float64"
+    return float(np.finfo(np.float64 if double else np.float32).eps)
