@@ -1,6 +1,6 @@
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,29 +14,18 @@ from .._kinds import kind, type_name
 from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
 from .._types import AxisName
-from ._common import (
-    as_num_features,
-    check_entries,
-    check_order,
-    contents,
-    with_contents,
-)
-
-
-class _Kind(NamedTuple):
-    make: Any
-    # The attribute that says where the features are, and the settings besides the common.
-    axes: str | None
-    settings: tuple[str, ...] = ()
+from ._common import as_num_features, check_entries, check_order, contents, with_contents
 
 
 _COMMON = ("epsilon", "dtype", "axis_name", "axis_index_groups", "use_fast_variance")
-_KINDS = {
-    "BatchNorm": _Kind(BatchNorm, "axis", ("momentum",)),
-    "LayerNorm": _Kind(LayerNorm, "feature_axes", ("reduction_axes",)),
-    "RMSNorm": _Kind(RMSNorm, "feature_axes", ("reduction_axes",)),
-    "GroupNorm": _Kind(GroupNorm, None, ("num_groups", "reduction_axes")),
-    "InstanceNorm": _Kind(InstanceNorm, "feature_axes"),
+# By class of Flax: ours, the attribute that says where the features are, and the settings
+# besides the common ones.
+_KINDS: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
+    "BatchNorm": (BatchNorm, "axis", ("momentum",)),
+    "LayerNorm": (LayerNorm, "feature_axes", ("reduction_axes",)),
+    "RMSNorm": (RMSNorm, "feature_axes", ("reduction_axes",)),
+    "GroupNorm": (GroupNorm, None, ("num_groups", "reduction_axes")),
+    "InstanceNorm": (InstanceNorm, "feature_axes", ()),
 }
 _COLLECTIONS = {"params": ("scale", "bias"), "batch_stats": ("mean", "var")}
 

@@ -58,8 +58,7 @@ def to_equinox(layer: Any, state: State | None = None) -> Any:
 
     - `layer`: a [`eqx_norms.BatchNorm`][], `LayerNorm`, `RMSNorm`, `GroupNorm`,
         `InstanceNorm`, `WeightNorm` or `SpectralNorm`.
-    - `state`: the `equinox.nn.State` of the model that the layer is in. May be left out
-        for a layer that `equinox.nn.make_with_state` has not seen.
+    - `state`: as in [`eqx_norms.convert.from_equinox`][].
 
     **Returns:**
 
@@ -85,13 +84,10 @@ def restore_norms(model: Any, state: State | None = None) -> Any:
     !!! example
 
         ```python
-        def make(key):
-            norm = en.BatchNorm(8, axis=0, axis_name="batch")
-            return eqx.nn.Sequential([eqx.nn.Linear(3, 8, key=key), norm, en.RMSNorm(8)])
-
-        model, state = eqx.nn.make_with_state(make)(jax.random.key(0))
+        make = lambda: [en.BatchNorm(8, axis=0, axis_name="batch"), en.RMSNorm(8)]
+        model, state = eqx.nn.make_with_state(make)()
         model, state = en.restore_norms(model, state)
-        assert type(model[2]) is eqx.nn.RMSNorm
+        assert type(model[1]) is eqx.nn.RMSNorm
         ```
 
     Model and state given stay as they were. Layers that share their state go on to share
