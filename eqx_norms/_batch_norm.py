@@ -22,15 +22,7 @@ from ._running import (
 from ._standardize import compute
 from ._state import check_precision, get_state, needs_state, set_state
 from ._statistics import Reduction, Statistics
-from ._types import (
-    AnyArray,
-    Axes,
-    AxisIndexGroups,
-    AxisName,
-    DTypeLike,
-    Initializer,
-    Shape,
-)
+from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
 
 
 class BatchNorm(AbstractNorm, StatefulLayer):

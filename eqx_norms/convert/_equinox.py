@@ -146,9 +146,9 @@ def replace_norms(
     `equinox.nn.Shared`, or is normalised itself by a wrapper around it. What is not in the
     tree cannot be found: what a function closes over, or a static field holds.
 
-    Checkpoints of the model as it was load into the new one: scale and bias are where
-    weight and bias were. Not those of a `BatchNorm`, `SpectralNorm` or `WeightNorm`, which
-    keep other arrays; load these into the model as it was, and convert that.
+    Checkpoints of the model as it was load into the new one, but for those with a
+    `BatchNorm`, `SpectralNorm` or `WeightNorm`:
+    [Coming from](../coming-from.md#from-equinoxnn) tells why, and what to do.
 
     **Arguments:**
 
