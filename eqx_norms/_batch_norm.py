@@ -22,15 +22,7 @@ from ._running import (
 from ._standardize import compute
 from ._state import check_precision, get_state, needs_state, set_state
 from ._statistics import Reduction, Statistics
-from ._types import (
-    AnyArray,
-    Axes,
-    AxisIndexGroups,
-    AxisName,
-    DTypeLike,
-    Initializer,
-    Shape,
-)
+from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
 
 
 class BatchNorm(AbstractNorm, StatefulLayer):
@@ -134,28 +126,22 @@ class BatchNorm(AbstractNorm, StatefulLayer):
             average over all batches so far. Each call in training is a step of its own:
             where the gradients of `k` calls are accumulated to one step of the optimizer,
             `momentum ** (1 / k)` makes `k` calls forget as much as one did.
-        - `epsilon`: added to the variance. Not negative. If it is zero, and the variance is
-            no larger than what rounding can cause, the normalised values are zeros, and the
-            result is the bias.
         - `param_dtype`: of scale and bias. The running statistics are at least float32.
             Complex input needs a complex one, for the running mean.
         - `axis_name`: a name, or a tuple of names, of axes of `jax.vmap`, `eqx.filter_pmap`
             or `jax.shard_map` that the statistics are taken over too. Without it each
             example of a `vmap` has statistics of its own, and JAX refuses `out_axes=None`
-            for the state: "output was batched", or, where the axis has a name, "vmap has
-            mapped output (axis_name=batch) but out_axes is None".
-        - `axis_index_groups`: lists of indices along the axis `axis_name`, which must be
-            one name. The lists have one length, and each index is in exactly one of them.
-            Each list is a group, and is normalised with statistics of its own. The running
-            statistics take the average over the groups, weighted by what each counted.
+            for the state: [Troubleshooting](../troubleshooting.md).
+        - `axis_index_groups`: as in [`eqx_norms.LayerNorm`][]. The running statistics take
+            the average over the groups, weighted by what each counted.
         - `use_unbiased_variance`: whether the running variance is of the sample, divided
             by one less than the positions counted, as in PyTorch. The batch itself is
             normalised with the biased one either way.
         - `debias`: whether the running statistics are those of the batches alone, from the
             first one on. Otherwise they are those of Flax, step by step. It changes nothing
             for `momentum=None`; for `momentum=1` it is the same as `None`.
-        - `dtype`, `use_bias`, `use_scale`, `bias_init`, `scale_init`, `use_fast_variance`,
-            `scale_offset`, `key`: as in [`eqx_norms.LayerNorm`][].
+        - `epsilon`, `dtype`, `use_bias`, `use_scale`, `bias_init`, `scale_init`,
+            `use_fast_variance`, `scale_offset`, `key`: as in [`eqx_norms.LayerNorm`][].
 
         **Raises:**
 
@@ -206,14 +192,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         - `x`: an array of any rank.
         - `state`: the model's `equinox.nn.State`, which holds the running statistics.
         - `use_running_average`: if given, takes the place of the field `inference`.
-        - `mask`: boolean, broadcastable to `x`: `mask[..., None]` if it has no axis of
-            features. Where it is `False`, `x` does not count for mean and variance,
-            whatever it holds. It is normalised all the same; what is not finite there
-            counts as zero. Where nothing counts, the bias comes out.
-        - `scale`, `bias`: arrays that are added, for this call, to the layer's own scale
-            and bias, or used alone if the layer has none. One of the feature shape is laid
-            along the feature axes; one of another shape is broadcast to `x`.
-        - `key`: ignored; every layer of Equinox takes one.
+        - `mask`, `scale`, `bias`, `key`: as in [`eqx_norms.LayerNorm.__call__`][].
 
         **Returns:**
 
@@ -269,11 +248,11 @@ class BatchNorm(AbstractNorm, StatefulLayer):
 
     def _evaluates(self, use_running_average: bool | None) -> bool:
         check = self._check
-        argument, flag = "use_running_average", use_running_average
-        if flag is None:
-            argument, flag = "inference", self.inference
-        frozen = check.flag(self.frozen, "frozen")
-        return frozen or check.flag(flag, argument)
+        if check.flag(self.frozen, "frozen"):
+            return True
+        if use_running_average is None:
+            return check.flag(self.inference, "inference")
+        return check.flag(use_running_average, "use_running_average")
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
         return Reduction(other_axes(feature_axes, len(shape)), example_axis=0)

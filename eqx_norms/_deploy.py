@@ -1,7 +1,6 @@
 """A trained model made ready for evaluation by others: with plain layers where there can
 be, and without what only training needs."""
 
-import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -18,11 +17,10 @@ from ._dtypes import cast, promote
 from ._freeze import find_batch_norms
 from ._kinds import Kept, calls_as, kind, list_kept, type_name
 from ._state import get_state, remaining, with_entries
-from ._trees import KeyPath, children, find_nodes, map_children
-from ._wrapped import AbstractWrapper
+from ._trees import KeyPath, children, find_nodes, map_children, with_fields
+from ._wrapped import AbstractWrapper, Layer
 
 
-Layer = TypeVar("Layer")
 Model = TypeVar("Model")
 
 _LINEAR = ("Linear", "Conv", "ConvTranspose")
@@ -139,8 +137,7 @@ def fold_batch_norm(layer: Layer, bn: Any, state: State) -> Layer:
         )
     if not isinstance(bn, BatchNorm):
         raise ValueError(
-            "fold_batch_norm: `bn` must be an `eqx_norms.BatchNorm`, got "
-            f"{type(bn).__module__}.{type(bn).__name__}."
+            f"fold_batch_norm: `bn` must be an `eqx_norms.BatchNorm`, got {type_name(bn)}."
         )
     weight = layer.weight
     features, outputs = as_tuple(bn.num_features), weight.shape[0]
@@ -151,7 +148,7 @@ def fold_batch_norm(layer: Layer, bn: Any, state: State) -> Layer:
             f"along `axis={bn.axis}`."
         )
     # As the layer computes it, but on a vector, and without a cast at the end.
-    evaluation = _with_fields(bn, frozen=True, axis=(0,), dtype=None)
+    evaluation = with_fields(bn, frozen=True, axis=(0,), dtype=None)
     dtype = promote(weight.dtype, jnp.float32)
     bias = jnp.zeros(outputs, dtype)
     if layer.bias is not None:
@@ -170,7 +167,7 @@ def fold_batch_norm(layer: Layer, bn: Any, state: State) -> Layer:
     new = weight.astype(factor.dtype) * factor.reshape(outputs, *trailing)
     # That of a convolution has the rank of an output.
     trailing = () if isinstance(layer, eqx.nn.Linear) else trailing[1:]
-    return _with_fields(
+    return with_fields(
         layer,
         weight=cast(new, weight.dtype),
         bias=cast(bias, weight.dtype).reshape(outputs, *trailing),
@@ -196,14 +193,11 @@ def fold_batch_norms(model: Model, state: State) -> tuple[Model, State]:
     !!! example
 
         ```python
-        def make(key):
-            conv = eqx.nn.Conv2d(3, 16, 3, use_bias=False, key=key)
-            norm = en.BatchNorm(16, axis=0, axis_name="batch")
-            return eqx.nn.Sequential([conv, norm, eqx.nn.Lambda(jax.nn.relu)])
-
-        model, state = eqx.nn.make_with_state(make)(jax.random.key(0))
+        conv = eqx.nn.Conv2d(3, 16, 3, use_bias=False, key=jax.random.key(0))
+        make = lambda: eqx.nn.Sequential([conv, en.BatchNorm(16, axis=0)])
+        model, state = eqx.nn.make_with_state(make)()
         model, state = en.fold_batch_norms(eqx.nn.inference_mode(model), state)
-        y, state = model(jnp.ones((3, 8, 8)), state)
+        assert type(model[1]) is eqx.nn.Identity
         ```
 
     **Arguments:**
@@ -226,19 +220,20 @@ def fold_batch_norms(model: Model, state: State) -> tuple[Model, State]:
     Once, with path and reason, for all BatchNorms that were left.
     """
     check = Check("fold_batch_norms")
-    for bn in find_batch_norms(model, check).values():
+    found = find_batch_norms(model, check)
+    for bn in found.values():
         get_state(state, bn.state_index, check=check)
     folding = _Folding(state)
     folding.scan(model, ())
     report = list_kept(folding.left)
-    if not folding.folded:
+    if not folding.new:
         raise ValueError(f"fold_batch_norms: no BatchNorm can be folded.{report}")
     if folding.left:
         warnings.warn(
             f"fold_batch_norms: not every BatchNorm was folded.{report}", stacklevel=2
         )
     new = folding.renew(model, ())
-    return new, with_entries(remaining(state, folding.folded, new))
+    return new, with_entries(remaining(state, found, new))
 
 
 class _Folding:
@@ -247,7 +242,6 @@ class _Folding:
     def __init__(self, state: State):
         self.state = state
         self.new: dict[KeyPath, Any] = {}
-        self.folded: list[BatchNorm] = []
         self.left: list[Kept] = []
 
     def scan(self, node: Any, path: KeyPath, why: str = "") -> None:
@@ -257,7 +251,7 @@ class _Folding:
             self.left.append(Kept(path, node, why))
         elif isinstance(node, eqx.nn.BatchNorm):
             self.left.append(Kept(path, node, "`replace_norms` makes one of ours of it"))
-        elif not why and kind(node, "equinox.nn", ("Sequential",), "__call__"):
+        elif not why and kind(node, "equinox.nn", ("Sequential",)):
             self._scan_links(node, path)
         else:
             if isinstance(node, Shared):
@@ -268,32 +262,29 @@ class _Folding:
                 self.scan(child, below, why)
 
     def _scan_links(self, sequence: Sequential, path: KeyPath) -> None:
-        before = None
+        place, before = (), None
         for where, layer in _links(sequence, path):
-            if kind(layer, "equinox.nn", ("Identity",), "__call__"):
+            if kind(layer, "equinox.nn", ("Identity",)):
                 continue
             if isinstance(layer, BatchNorm):
                 try:
-                    folded = self._fold(before, layer)
+                    before = self._fold(before, layer)
                 except ValueError as error:
                     self.left.append(Kept(where, layer, str(error)))
                 else:
-                    assert before is not None
-                    self.folded.append(layer)
-                    self.new[before[0]], self.new[where] = folded, Identity()
-                    before = before[0], folded
+                    self.new[place], self.new[where] = before, Identity()
                     continue
             else:
                 self.scan(layer, where)
-            before = where, layer
+            place, before = where, layer
 
-    def _fold(self, before: tuple[KeyPath, Any] | None, bn: BatchNorm) -> Any:
+    def _fold(self, layer: Any, bn: BatchNorm) -> Any:
+        """A layer and the BatchNorm behind it in one."""
         if not calls_as(bn, BatchNorm):
             raise ValueError("a subclass of `BatchNorm` with a `__call__` of its own")
-        if before is None:
+        if layer is None:
             raise ValueError("nothing comes before it in its `equinox.nn.Sequential`")
-        layer = before[1]
-        if kind(layer, "equinox.nn", _LINEAR, "__call__") is None:
+        if kind(layer, "equinox.nn", _LINEAR) is None:
             wrapped = " `bake` that first" if isinstance(layer, _WRAPPERS) else ""
             raise ValueError(f"what comes before it is {type_name(layer)}.{wrapped}")
         dimensions = getattr(layer, "num_spatial_dims", 0)
@@ -317,16 +308,8 @@ class _Folding:
 
 def _links(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
     """What is applied one after the other, and where each is in the model."""
-    if kind(node, "equinox.nn", ("Sequential",), "__call__"):
+    if kind(node, "equinox.nn", ("Sequential",)):
         for number, layer in enumerate(node.layers):
             yield from _links(layer, (*path, GetAttrKey("layers"), SequenceKey(number)))
     else:
         yield path, node
-
-
-def _with_fields(module: Any, **fields: Any) -> Any:
-    """A copy with other fields, static ones among them, which `equinox.tree_at` cannot."""
-    new = copy.copy(module)
-    for name, value in fields.items():
-        object.__setattr__(new, name, value)
-    return new

@@ -2,11 +2,9 @@
 
 from typing import Any, TypeVar
 
-import equinox as eqx
-
 from ._batch_norm import BatchNorm
 from ._checks import Check
-from ._trees import find_nodes, map_nodes
+from ._trees import find_nodes, map_nodes, with_fields
 
 
 Model = TypeVar("Model")
@@ -38,11 +36,7 @@ def unfreeze(model: Model) -> Model:
 
 def _set_frozen(model: Model, frozen: bool, check: Check) -> Model:
     find_batch_norms(model, check)
-    return map_nodes(
-        lambda layer: eqx.tree_at(lambda layer: layer.frozen, layer, frozen),
-        model,
-        BatchNorm,
-    )
+    return map_nodes(lambda layer: with_fields(layer, frozen=frozen), model, BatchNorm)
 
 
 def find_batch_norms(model: Any, check: Check) -> dict[str, BatchNorm]:

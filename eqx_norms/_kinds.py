@@ -16,7 +16,9 @@ def type_name(node: Any) -> str:
     return f"{modules}.{type(node).__qualname__}"
 
 
-def kind(node: Any, package: str, kinds: Iterable[str], call: str) -> str | None:
+def kind(
+    node: Any, package: str, kinds: Iterable[str], call: str = "__call__"
+) -> str | None:
     """Which of `kinds`, classes of `package`, an object is. `None` if it is none of them,
     or a subclass with a method `call` of its own, which may compute something else."""
     cls = base(node, package, kinds)

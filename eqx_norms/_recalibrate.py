@@ -1,7 +1,6 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +10,8 @@ from ._batch_norm import BatchNorm
 from ._checks import Check
 from ._freeze import find_batch_norms
 from ._running import PooledStats, RunningStats
-from ._state import copy_state, get_state
-from ._trees import map_nodes
+from ._state import copy_state, entries, get_state, with_entries
+from ._trees import map_nodes, with_fields
 
 
 Model = TypeVar("Model")
@@ -85,8 +84,17 @@ def recalibrate(
     """
     layers = _layers(model)
     old = {name: layer.running_stats(state) for name, layer in layers.items()}
-    start = _with_stats(state, layers, {name: _start(old[name]) for name in layers})
-    model = map_nodes(_in_training, model, BatchNorm)
+    # Nothing counted. The old mean and variance are for calls in evaluation.
+    empty = {
+        name: PooledStats(stats.mean, stats.var, jnp.zeros_like(stats.count))
+        for name, stats in old.items()
+    }
+    start = _with_stats(state, layers, empty)
+    model = map_nodes(
+        lambda layer: layer if layer.frozen else with_fields(layer, inference=False),
+        model,
+        BatchNorm,
+    )
     totals = {name: _NOTHING for name in layers}
     number = 0
     for batch in _with_bar(batches) if progress else batches:
@@ -125,32 +133,14 @@ def _layers(model: Any) -> dict[str, BatchNorm]:
     return thawed
 
 
-def _in_training(layer: BatchNorm) -> BatchNorm:
-    if layer.frozen:
-        return layer
-    return eqx.tree_at(lambda layer: layer.inference, layer, False)
-
-
-def _start(stats: RunningStats) -> PooledStats:
-    """Nothing counted. The old mean and variance are for calls in evaluation."""
-    return PooledStats(stats.mean, stats.var, jnp.zeros_like(stats.count))
-
-
 def _with_stats(
     state: State,
     layers: dict[str, BatchNorm],
     stats: dict[str, PooledStats] | dict[str, RunningStats],
 ) -> State:
     """A new state. `State.set` would refuse statistics of another kind."""
-    new = copy_state(state)
-    for name, layer in layers.items():
-        part = jax.tree.map(
-            lambda _, name=name: stats[name],
-            state.substate(layer.state_index),
-            is_leaf=lambda node: isinstance(node, RunningStats),
-        )
-        new = new.update(part)
-    return new
+    new = {layer.state_index.marker: stats[name] for name, layer in layers.items()}
+    return with_entries({**entries(state), **new})
 
 
 def _check_kept(arguments: Any) -> None:

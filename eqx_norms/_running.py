@@ -72,15 +72,9 @@ def get_stats(
 ) -> Stats:
     """The running statistics in `state`, for features of this shape if it is known."""
     stats = get_state(state, index, check=check)
-    received = stats.mean.shape
-    if features is None:
-        wanted, fits = (
-            f"one of length {len(feature_axes)}",
-            len(received) == len(feature_axes),
-        )
-    else:
-        wanted, fits = features, received == features
-    if not fits:
+    received, number = stats.mean.shape, len(feature_axes)
+    wanted = f"one of length {number}" if features is None else features
+    if len(received) != number if features is None else received != features:
         raise check.error(
             f"the running statistics in `state` have shape {received}, the layer's "
             f"features {wanted}. Was `state` made for another model, or left out of the "

@@ -1,5 +1,5 @@
 import functools as ft
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -23,9 +23,9 @@ from ._state import (
     set_state,
 )
 from ._statistics import abs_square
-from ._trees import children
+from ._trees import children, find_nodes
 from ._types import Axes, DTypeLike
-from ._weight_norm import directions
+from ._weight_norm import WeightNorm
 from ._wrapped import AbstractWrapper, Layer, is_stateful, over_stacks
 
 
@@ -48,8 +48,8 @@ class SpectralStats(eqx.Module):
     sigma: Float[Array, ""]
 
 
-def _sigma(weight: Array, stats: SpectralStats) -> Array:
-    vectors = (vector.astype(weight.dtype) for vector in (stats.u, stats.v))
+def _sigma(weight: Array, u: Array, v: Array) -> Array:
+    vectors = (vector.astype(weight.dtype) for vector in (u, v))
     # An average of unit vectors is shorter than one.
     u, v = (_unit(vector, vector, 0.0) for vector in vectors)
     # Of either sign where the vectors are those of another weight.
@@ -62,21 +62,6 @@ def _unit(vector: Array, old: Array, epsilon: float) -> Array:
     good = jnp.isfinite(norm) & (norm > epsilon)
     unit = vector / jnp.where(good, norm, 1).astype(vector.dtype)
     return jnp.where(good, unit, shard_like(old, vector))
-
-
-def _iterate(
-    weight: Array,
-    stats: SpectralStats,
-    features: tuple[int, ...],
-    others: tuple[int, ...],
-    epsilon: float,
-) -> SpectralStats:
-    """One power iteration. (Sums, not products of matrices: those are in lower precision
-    on accelerators, and refuse sharded weights on an Explicit mesh.)"""
-    u = _unit(stats.u, stats.u, 0.0)
-    v = _unit(jnp.sum(weight.conj() * u, features, keepdims=True), stats.v, epsilon)
-    u = _unit(jnp.sum(weight * v, others, keepdims=True), stats.u, epsilon)
-    return SpectralStats(u, v, stats.sigma)
 
 
 class SpectralNorm(AbstractWrapper[Layer]):
@@ -142,9 +127,7 @@ class SpectralNorm(AbstractWrapper[Layer]):
             than to take them for such.
         - `update_stats`: whether to take steps, and keep what they found. Its opposite is
             kept in the field `inference`, which `equinox.nn.inference_mode` toggles.
-        - `where`: a function that picks one weight or several out of the layer, as in
-            `equinox.tree_at`. By default each leaf that is called `weight` and has two
-            dimensions or more: not the vectors of norms and the like.
+        - `where`: as in [`eqx_norms.WeightNorm`][].
         - `key`: a `jax.random` key for the first vectors.
 
         **Raises:**
@@ -163,7 +146,11 @@ class SpectralNorm(AbstractWrapper[Layer]):
             )
         self.n_steps = n_steps
         param_dtype = check.dtype(param_dtype, "param_dtype")
-        inside = directions(layer)
+        inside = {
+            f"{path}.layer{weight}"
+            for path, wrapper in find_nodes(layer, WeightNorm).items()
+            for weight in wrapper.weights
+        }
         if any(path in inside for path in self.weights):
             raise check.error(
                 f"of the weights {list(self.weights)} {list(inside)} are in a "
@@ -178,40 +165,37 @@ class SpectralNorm(AbstractWrapper[Layer]):
                 f"{shapes}."
             )
         keys = split_key(key, len(weights), check=check)
-        self.state_index = StateIndex(
-            tuple(
-                self._init(weight, promote(weight.dtype, param_dtype, jnp.float32), key)
-                for weight, key in zip(weights, keys, strict=True)
-            )
-        )
+        stats = []
+        for weight, key in zip(weights, keys, strict=True):
+            drawn = self._draw(weight, promote(weight.dtype, param_dtype, jnp.float32), key)
+            stats.append(self._update(weight, drawn, _FIRST_STEPS))
+        self.state_index = StateIndex(tuple(stats))
         self.inference = not check.flag(update_stats, "update_stats")
 
     def _draw(self, weight: Array, dtype: np.dtype, key: PRNGKeyArray) -> SpectralStats:
-        shapes = (
-            [n if axis in axes else 1 for axis, n in enumerate(weight.shape)]
-            for axes in self._axes(weight)
-        )
-        u, v = (
-            _unit(draw, draw, 0.0)
-            for draw in (
-                jax.random.normal(key, shape, dtype)
-                for key, shape in zip(jax.random.split(key), shapes, strict=True)
-            )
-        )
+        def draw(axes: tuple[int, ...], key: PRNGKeyArray) -> Array:
+            shape = [n if axis in axes else 1 for axis, n in enumerate(weight.shape)]
+            drawn = jax.random.normal(key, shape, dtype)
+            return _unit(drawn, drawn, 0.0)
+
+        u, v = map(draw, self._axes(weight), jax.random.split(key))
         return SpectralStats(u, v, jnp.ones((), real_dtype(dtype)))
 
-    def _init(self, weight: Array, dtype: np.dtype, key: PRNGKeyArray) -> SpectralStats:
-        return self._update(weight, self._draw(weight, dtype, key), _FIRST_STEPS)
-
     def _update(self, weight: Array, old: SpectralStats, steps: int) -> SpectralStats:
-        weight, stats = lax.stop_gradient(weight).astype(old.u.dtype), old
+        """After some steps of power iteration. (Sums, not products of matrices: those are
+        in lower precision on accelerators, and refuse sharded weights on an Explicit
+        mesh.)"""
+        weight = lax.stop_gradient(weight).astype(old.u.dtype)
+        features, others = self._axes(weight)
+        u, v = old.u, old.v
         for _ in range(steps):
-            stats = _iterate(weight, stats, *self._axes(weight), self.epsilon)
-        sigma = _sigma(weight, stats)
-        sigma = jnp.where(jnp.isfinite(sigma), sigma, stats.sigma)
+            product = jnp.sum(weight.conj() * _unit(u, u, 0.0), features, keepdims=True)
+            v = _unit(product, v, self.epsilon)
+            u = _unit(jnp.sum(weight * v, others, keepdims=True), u, self.epsilon)
+        sigma = _sigma(weight, u, v)
+        sigma = jnp.where(jnp.isfinite(sigma), sigma, old.sigma)
         # Sharded as before, so that a step can be the body of a scan.
-        u, v = shard_like(stats.u, old.u), shard_like(stats.v, old.v)
-        return SpectralStats(u, v, sigma)
+        return SpectralStats(shard_like(u, old.u), shard_like(v, old.v), sigma)
 
     def _converged(
         self, accuracy: float, max_steps: int, weight: Array, old: SpectralStats
@@ -234,7 +218,7 @@ class SpectralNorm(AbstractWrapper[Layer]):
         # Those of another weight may be singular vectors of this one, but not the first.
         start = self._draw(weight, old.u.dtype, jax.random.key(0))
         new, _ = lax.while_loop(is_far, go_on, (start, jnp.zeros((), int)))
-        sigma = _sigma(weight, new)
+        sigma = _sigma(weight, new.u, new.v)
         good = jnp.isfinite(sigma) & (sigma > self.epsilon)
 
         def choose(new: Array, old: Array) -> Array:
@@ -244,7 +228,7 @@ class SpectralNorm(AbstractWrapper[Layer]):
 
     def _normalized(self, weight: Array, stats: SpectralStats) -> Array:
         wide = weight.astype(promote(weight.dtype, stats.u.dtype, jnp.float32))
-        sigma = _sigma(wide, stats)
+        sigma = _sigma(wide, stats.u, stats.v)
         sigma = jnp.where(sigma > self.epsilon, sigma, 1)
         dtype = self._check.dtype_of(self.dtype, weight)
         return (wide / sigma.astype(wide.dtype)).astype(dtype)
@@ -300,20 +284,16 @@ class SpectralNorm(AbstractWrapper[Layer]):
             return check.flag(update_stats, "update_stats")
         return not check.flag(self.inference, "inference")
 
-    def _evaluation(self, state: State | None) -> Iterable[Array]:
+    def _own(self, state: State | None) -> tuple[SpectralStats, ...]:
         if state is not None:
-            stats = self.spectral_stats(state)
-        else:
-            try:
-                stats = initial_state(self.state_index)
-            except ValueError:
-                raise self._check.error(
-                    "has its singular vectors in the model's `equinox.nn.State`. Give it "
-                    "too: `bake(model, state)`."
-                ) from None
-        return map(
-            ft.partial(over_stacks, self._normalized), self._weights(), self.ranks, stats
-        )
+            return self.spectral_stats(state)
+        try:
+            return initial_state(self.state_index)
+        except ValueError:
+            raise self._check.error(
+                "has its singular vectors in the model's `equinox.nn.State`. Give it too: "
+                "`bake(model, state)`."
+            ) from None
 
     def spectral_stats(self, state: State) -> tuple[SpectralStats, ...]:
         """What `state` holds for this layer, weight by weight in the order of the field

@@ -88,15 +88,16 @@ def initial_state(index: StateIndex[T]) -> T:
     return State(index).get(index)
 
 
+def entries(state: State) -> dict[Any, Any]:
+    """What a state holds, by marker."""
+    values, names = state.tree_flatten()
+    return dict(zip(names, values, strict=True))
+
+
 def remaining(state: State, old: Any, new: Any) -> dict[Any, Any]:
     """What a state holds, by marker, without what `old` has in it and `new` has not."""
     gone = markers(old) - markers(new)
-    values, names = state.tree_flatten()
-    return {
-        marker: value
-        for marker, value in zip(names, values, strict=True)
-        if marker not in gone
-    }
+    return {key: value for key, value in entries(state).items() if key not in gone}
 
 
 def with_entries(entries: dict[Any, Any]) -> State:

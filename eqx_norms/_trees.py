@@ -1,14 +1,17 @@
 """The nodes of a tree: found and changed."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
+import equinox as eqx
 import jax
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 
 Node = TypeVar("Node")
 Tree = TypeVar("Tree")
+Module = TypeVar("Module", bound=eqx.Module)
 KeyPath: TypeAlias = tuple[Any, ...]
 
 
@@ -46,3 +49,11 @@ def children(node: Any, path: KeyPath = ()) -> list[tuple[KeyPath, Any]]:
         return []
     found = tree_leaves_with_path(node, is_leaf=lambda other: other is not node)
     return [(path + below, child) for below, child in found]
+
+
+def with_fields(module: Module, **fields: Any) -> Module:
+    """A copy with other fields, static ones among them, which `equinox.tree_at` cannot."""
+    new = copy.copy(module)
+    for name, value in fields.items():
+        object.__setattr__(new, name, value)
+    return new

@@ -1,6 +1,5 @@
-import functools as ft
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,9 +14,8 @@ from ._dtypes import promote
 from ._layer import init_affine, split_key
 from ._standardize import compute
 from ._statistics import Inputs, Reduction, Settings, abs_square
-from ._trees import find_nodes
 from ._types import Axes, DTypeLike, Initializer
-from ._wrapped import AbstractWrapper, Layer, is_stateful, over_stacks
+from ._wrapped import AbstractWrapper, Layer, is_stateful
 
 
 class WeightNorm(AbstractWrapper[Layer]):
@@ -167,24 +165,11 @@ class WeightNorm(AbstractWrapper[Layer]):
 
         What the layer raises.
         """
-        new = map(self._normalized, self._weights(), self._scales())
+        new = map(self._normalized, self._weights(), self._own())
         return self._call(new, x, *args, key=key, **kwargs)
 
-    def _scales(self) -> tuple[Array | None, ...]:
+    def _own(self, state: State | None = None) -> tuple[Array | None, ...]:
+        del state
         if self.scales is None:
             return (None,) * len(self.weights)
         return tuple(map(jnp.asarray, self.scales))
-
-    def _evaluation(self, state: State | None) -> Iterable[Array]:
-        del state
-        arguments = (self._weights(), self.ranks, self._scales())
-        return map(ft.partial(over_stacks, self._normalized), *arguments)
-
-
-def directions(tree: Any) -> set[str]:
-    """The paths of the weights that a `WeightNorm` within a tree works on."""
-    return {
-        f"{path}.layer{weight}"
-        for path, wrapper in find_nodes(tree, WeightNorm).items()
-        for weight in wrapper.weights
-    }

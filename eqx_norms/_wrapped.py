@@ -1,5 +1,6 @@
 """The weights of another layer: chosen, read, and replaced in a copy of it."""
 
+import functools as ft
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
@@ -102,12 +103,17 @@ class AbstractWrapper(AnswersNames, StatefulLayer, Generic[Layer]):
         return tuple(jnp.asarray(leaves[path]) for path in self.weights)
 
     @abstractmethod
-    def _evaluation(self, state: State | None) -> Iterable[Array]:
-        """The weights that the layer is called with in evaluation."""
+    def _normalized(self, weight: Array, own: Any, /) -> Array:
+        """What takes the place of a weight; `own` is what this layer has for it."""
+
+    @abstractmethod
+    def _own(self, state: State | None) -> Iterable[Any]:
+        """What this layer has for each weight, in itself or in the state."""
 
     def _baked(self, state: State | None) -> Layer:
         """The layer with the weights that it is called with in evaluation."""
-        return self._with(self._evaluation(state))
+        each = ft.partial(over_stacks, self._normalized)
+        return self._with(map(each, self._weights(), self.ranks, self._own(state)))
 
     def _with(self, weights: Iterable[Array]) -> Layer:
         """A copy of the layer with other weights."""

@@ -1,6 +1,6 @@
 """What the converters have in common: kinds of layers, entries, parameters and state."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -9,13 +9,15 @@ import numpy as np
 from equinox.nn import State, StateIndex
 from jaxtyping import Array
 
+from .._axes import to_feature_order, to_input_order
 from .._batch_norm import BatchNorm
-from .._checks import Check, as_tuple
-from .._dtypes import cast, promote, real_dtype
+from .._checks import Check
+from .._dtypes import ResultDType, cast, promote, real_dtype
 from .._kinds import type_name
 from .._layer import AbstractExampleNorm, AbstractNorm
 from .._rms_norm import RMSNorm
 from .._running import RunningStats
+from .._trees import with_fields
 from .._types import Shape
 
 
@@ -38,11 +40,13 @@ def check_entries(
         )
 
 
-def require_no_offset(layer: AbstractNorm, check: Check):
-    if layer.scale_offset != 0:
+def check_order(axes: tuple[int, ...], check: Check):
+    """Raises unless it is known in which order the axes are in the input, which is the
+    order of features in Flax and PyTorch."""
+    if len({axis < 0 for axis in axes}) > 1:
         raise check.error(
-            f"`scale_offset={layer.scale_offset}` has no counterpart. Use a layer without, "
-            "whose scale is the sum of both."
+            f"cannot tell the order of the feature axes {axes} without the input's rank. "
+            "Make the layer with all of them negative, or none."
         )
 
 
@@ -55,22 +59,18 @@ def feature_axes(layer: AbstractNorm) -> tuple[int, ...]:
     return layer._layout()[1]
 
 
-def axes_order(axes: tuple[int, ...], check: Check) -> list[int]:
-    """How to transpose from the order of `axes` to that of the input, which is the order
-    of features in Flax and PyTorch."""
-    if len({axis < 0 for axis in axes}) > 1:
-        raise check.error(
-            f"cannot tell the order of the feature axes {axes} without the input's rank. "
-            "Make the layer with all of them negative, or none."
-        )
-    return np.argsort(axes).tolist()
-
-
-def features_in_order(layer: AbstractNorm, check: Check) -> Shape:
-    """In the order of the input's axes."""
-    order = axes_order(feature_axes(layer), check)
-    shape = as_tuple(layer.num_features)
-    return tuple(shape[i] for i in order)
+def over_last_axes(
+    make: Callable[..., T], shape: Shape, epsilon: float, dtype: ResultDType = None
+) -> T:
+    """A `LayerNorm` or `RMSNorm` whose statistics are over its features."""
+    axes = tuple(range(-len(shape), 0))
+    return make(
+        as_num_features(shape),
+        epsilon=epsilon,
+        dtype=dtype,
+        reduction_axes=axes,
+        feature_axes=axes,
+    )
 
 
 def running_stats(mean: Array, var: Array, count: Array) -> RunningStats:
@@ -80,26 +80,9 @@ def running_stats(mean: Array, var: Array, count: Array) -> RunningStats:
     return RunningStats(mean.astype(dtype), cast(var, real_dtype(dtype)), count)
 
 
-def with_parameters(layer: T, scale: Array | None, bias: Array | None) -> T:
-    return eqx.tree_at(
-        lambda layer: (layer.scale, layer.bias),
-        layer,
-        (scale, bias),
-        is_leaf=lambda leaf: leaf is None,
-    )
-
-
-def with_value(index: StateIndex, value: Any) -> StateIndex:
-    """An index with the same marker, and another initial state."""
-    return eqx.tree_at(
-        lambda index: index.init, index, value, is_leaf=lambda leaf: leaf is index.init
-    )
-
-
 def with_init(layer: Any, value: Any) -> Any:
     """A layer with another initial state."""
-    index = with_value(layer.state_index, value)
-    return eqx.tree_at(lambda layer: layer.state_index, layer, index)
+    return with_fields(layer, state_index=with_fields(layer.state_index, init=value))
 
 
 def with_state(layer: Any) -> Any:
@@ -115,13 +98,18 @@ def with_state(layer: Any) -> Any:
 
 
 def contents(layer: Any, state: State | None, check: Check) -> dict[str, Array]:
-    """All arrays of a layer and its state, in the order of the input's axes."""
+    """All arrays of a layer and its state, in the order of the input's axes: of these names
+    `scale`, `bias`, `mean`, `var` and `count` those that it has."""
     if not isinstance(layer, LAYERS):
         raise check.error(
             "needs a `BatchNorm`, `LayerNorm`, `RMSNorm`, `GroupNorm` or `InstanceNorm` of "
             f"eqx_norms, got {type_name(layer)}."
         )
-    require_no_offset(layer, check)
+    if layer.scale_offset != 0:
+        raise check.error(
+            f"`scale_offset={layer.scale_offset}` has no counterpart. Use a layer without, "
+            "whose scale is the sum of both."
+        )
     if isinstance(layer, RMSNorm) and layer.bias is not None:
         raise check.error("there an RMSNorm has no bias, and this one has.")
     arrays: dict[str, Array | None] = {"scale": layer.scale, "bias": layer.bias}
@@ -133,9 +121,25 @@ def contents(layer: Any, state: State | None, check: Check) -> dict[str, Array]:
             )
         stats = layer.running_stats(state)
         arrays |= {"mean": stats.mean, "var": stats.var, "count": stats.count}
-    order = axes_order(feature_axes(layer), check)
+    axes = feature_axes(layer)
+    check_order(axes, check)
     return {
-        name: jnp.transpose(array, order)
+        name: to_input_order(array, axes)
         for name, array in arrays.items()
         if array is not None
     }
+
+
+def with_contents(layer: Any, arrays: Mapping[str, Array]) -> Any:
+    """The opposite of `contents`: a layer with these arrays, and its state if it has one.
+    One `count` is that of all features; without it no batches were counted."""
+    stored = {
+        name: to_feature_order(array, feature_axes(layer))
+        for name, array in arrays.items()
+        if name != "count"
+    }
+    layer = with_fields(layer, scale=stored.get("scale"), bias=stored.get("bias"))
+    if isinstance(layer, BatchNorm):
+        count = arrays.get("count", jnp.zeros((), jnp.int32))
+        layer = with_init(layer, running_stats(stored["mean"], stored["var"], count))
+    return with_state(layer)

@@ -13,9 +13,9 @@ from .._checks import Check
 from .._kinds import Kept, calls_as, kind, list_kept, type_name
 from .._layer import AbstractNorm
 from .._state import get_state, initial_state, markers, remaining, with_entries
-from .._trees import KeyPath, find_nodes, map_children, map_nodes
+from .._trees import KeyPath, find_nodes, map_children, map_nodes, with_fields
 from .._wrapped import AbstractWrapper
-from ._common import with_value
+from ._common import with_state
 
 
 # By class of a package, what makes a new layer of one at a path.
@@ -31,8 +31,9 @@ class Conversion:
     """What a conversion goes by, and what it has done so far."""
 
     package: ClassVar[str]
-    # How to give the state that is missing, and how to convert what was left.
-    needs_state: ClassVar[str]
+    # The public functions, for one layer and for a model, and how to convert what was left.
+    of_layer: ClassVar[str]
+    of_model: ClassVar[str]
     remedy: ClassVar[str] = ""
 
     def __init__(self, builders: Builders, state: State | None, rules: Rules):
@@ -56,11 +57,12 @@ class Conversion:
             if new is not node:
                 self.replaced.append((path, node))
             return new
-        if self.is_norm(node):
+        build = self.builder(node)
+        if build is not None:
             self.met += 1
             left = len(self.left)
             try:
-                new = self.build(node, path)
+                new = build(node, path, self)
             except _MissingState:
                 raise
             except ValueError as error:
@@ -86,18 +88,14 @@ class Conversion:
         self.met += isinstance(node, (AbstractNorm, AbstractWrapper))
         return new
 
-    def is_norm(self, node: Any) -> bool:
-        return kind(node, self.package, self.builders, "__call__") is not None
+    def builder(self, node: Any) -> Callable[[Any, KeyPath, Any], Any] | None:
+        name = kind(node, self.package, self.builders)
+        return None if name is None else self.builders[name]
 
     @abstractmethod
     def resemblance(self, node: Any, around: bool) -> str | None:
         """Why something looks like a norm that no builder is for, if it does; `around`
         norms, its name may be because of these."""
-
-    def build(self, layer: Any, path: KeyPath) -> Any:
-        name = kind(layer, self.package, self.builders, "__call__")
-        assert name is not None
-        return self.builders[name](layer, path, self)
 
     def inner(self, layer: Any, weight_name: str, path: KeyPath) -> Any:
         """The layer that a wrapper wraps, with all norms in it replaced."""
@@ -116,23 +114,41 @@ class Conversion:
                 return get_state(self.state, index, check=Check(self.package))
             return initial_state(index)
         except ValueError as error:
-            why = str(error) if self.state is not None else self.needs_state
+            why = str(error)
+            if self.state is None:
+                why = (
+                    f"A norm of `{self.package}` has a state, and "
+                    "`equinox.nn.make_with_state` took it out of the layer. Give it too: "
+                    f"`{self.of_layer}(layer, state)`, `{self.of_model}(model, state)`."
+                )
             raise _MissingState(why) from None
 
     def keep_state(self, index: StateIndex, value: Any) -> StateIndex:
         """For a new layer, an index with the marker of an old one, so that layers that
         shared the old state share the new one."""
         self.values[index.marker] = value
-        return with_value(index, value)
+        return with_fields(index, init=value)
 
-    def finish(self, new: Any, source: str) -> Any:
-        """What `source` returns for a model that is converted now."""
+    def convert_layer(self, layer: Any) -> Any:
+        build = self.builder(layer)
+        if build is None:
+            raise ValueError(
+                f"{self.of_layer}: no counterpart for {type_name(layer)}. There is one for "
+                f"{', '.join(self.builders)} of `{self.package}`, and their subclasses "
+                f"without a `__call__` of their own. `{self.of_model}` takes whole models."
+            )
+        new = build(layer, (), self)
+        self._warn(self.of_layer)
+        return with_state(new)
+
+    def convert_model(self, model: Any) -> Any:
+        new = self(model, ())
         if not self.replaced:
             raise ValueError(
-                f"{source}: there is no norm to replace in this model. Those of "
+                f"{self.of_model}: there is no norm to replace in this model. Those of "
                 f"`{self.package}` are: {', '.join(self.builders)}." + self._report()
             )
-        self.warn(source, stacklevel=4)
+        self._warn(self.of_model)
         return new if self.state is None else self._with_state(new, self.state)
 
     def _with_state(self, new: Any, state: State) -> tuple[Any, State]:
@@ -160,11 +176,11 @@ class Conversion:
             return ""
         return " Left as they are:" + list_kept(self.left) + self.remedy
 
-    def warn(self, source: str, stacklevel: int = 3) -> None:
+    def _warn(self, source: str) -> None:
         if self.left:
             warnings.warn(
                 f"{source}: not every norm was replaced." + self._report(),
-                stacklevel=stacklevel,
+                stacklevel=4,  # What called the public function.
             )
 
     def _rule(self, node: Any) -> Callable[[Any], Any] | None:

@@ -16,11 +16,11 @@ from .._layer import AbstractNorm
 from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
 from .._spectral_norm import SpectralNorm, SpectralStats
-from .._trees import KeyPath
+from .._trees import KeyPath, with_fields
 from .._types import AxisName
 from .._weight_norm import WeightNorm
 from .._wrapped import AbstractWrapper
-from ._common import as_num_features, running_stats, with_parameters, with_state
+from ._common import over_last_axes, running_stats
 from ._conversion import Builders, Conversion, Rules, parameters
 
 
@@ -76,16 +76,7 @@ def from_equinox(
 
     For norms within a wrapped layer, as [`eqx_norms.replace_norms`][].
     """
-    conversion = _FromEquinox(state, {}, axis_name)
-    if not conversion.is_norm(layer):
-        raise ValueError(
-            f"from_equinox: no counterpart for {type_name(layer)}. There is one for "
-            f"{', '.join(_BUILDERS)} of `equinox.nn`, and their subclasses without a "
-            "`__call__` of their own. `replace_norms` takes whole models."
-        )
-    new = conversion.build(layer, ())
-    conversion.warn("from_equinox")
-    return with_state(new)
+    return _FromEquinox(state, {}, axis_name).convert_layer(layer)
 
 
 def replace_norms(
@@ -155,21 +146,9 @@ def replace_norms(
     `equinox.nn.Shared`, or is normalised itself by a wrapper around it. What is not in the
     tree cannot be found: what a function closes over, or a static field holds.
 
-    Checkpoints of the model as it was load into the new one: scale and bias are where
-    weight and bias were. Not those of a `BatchNorm`, `SpectralNorm` or `WeightNorm`, which
-    keep other arrays; load these into the model as it was, and convert that.
-
-    !!! example
-
-        ```python
-        import io
-
-        make = lambda: [eqx.nn.LayerNorm(4), eqx.nn.Linear(4, 4, key=jax.random.key(0))]
-        file = io.BytesIO()  # or the name of one
-        eqx.tree_serialise_leaves(file, make())
-        file.seek(0)
-        model = eqx.tree_deserialise_leaves(file, en.replace_norms(make()))
-        ```
+    Checkpoints of the model as it was load into the new one, but for those with a
+    `BatchNorm`, `SpectralNorm` or `WeightNorm`:
+    [Coming from](../coming-from.md#from-equinoxnn) tells why, and what to do.
 
     **Arguments:**
 
@@ -197,17 +176,21 @@ def replace_norms(
 
     Once, with path, class and reason, for all norms that were left.
     """
-    conversion = _FromEquinox(state, _check_rules(rules), axis_name)
-    return conversion.finish(conversion(model, ()), "replace_norms")
+    rules = {} if rules is None else rules
+    if not isinstance(rules, Mapping) or not all(
+        isinstance(cls, type) and callable(function) for cls, function in rules.items()
+    ):
+        raise ValueError(
+            "replace_norms: `rules` must map classes to functions of a layer, "
+            f"`{{MyNorm: lambda layer: ...}}`, got {rules!r}."
+        )
+    return _FromEquinox(state, rules, axis_name).convert_model(model)
 
 
 class _FromEquinox(Conversion):
     package = "equinox.nn"
-    needs_state = (
-        "A norm of `equinox.nn` has a state, and `equinox.nn.make_with_state` took it out "
-        "of the layer. Give it too: `from_equinox(layer, state)`, `replace_norms(model, "
-        "state)`."
-    )
+    of_layer = "from_equinox"
+    of_model = "replace_norms"
     remedy = (
         "\n`replace_norms(..., rules={Class: function})` takes each layer of a class to "
         "what the function makes of it."
@@ -218,7 +201,7 @@ class _FromEquinox(Conversion):
         self.axis_name = axis_name
 
     def resemblance(self, node: Any, around: bool) -> str | None:
-        if not isinstance(node, eqx.Module) or not callable(node) or self.is_norm(node):
+        if not isinstance(node, eqx.Module) or not callable(node) or self.builder(node):
             return None
         if isinstance(node, (AbstractNorm, AbstractWrapper)):
             return None
@@ -234,29 +217,11 @@ class _FromEquinox(Conversion):
 _NAME = re.compile("([Nn]orm|NORM)(?!al(?!i[sz](e|ation)))")
 
 
-def _check_rules(rules: Any) -> Rules:
-    rules = {} if rules is None else rules
-    if not isinstance(rules, Mapping) or not all(
-        isinstance(cls, type) and callable(function) for cls, function in rules.items()
-    ):
-        raise ValueError(
-            "replace_norms: `rules` must map classes to functions of a layer, "
-            f"`{{MyNorm: lambda layer: ...}}`, got {rules!r}."
-        )
-    return rules
-
-
 def _layer_norm(layer: Any, path: KeyPath, conversion: _FromEquinox) -> LayerNorm | RMSNorm:
     make = RMSNorm if isinstance(layer, eqx.nn.RMSNorm) else LayerNorm
-    axes = tuple(range(-len(layer.shape), 0))
-    new = make(
-        as_num_features(layer.shape),
-        epsilon=layer.eps,
-        dtype="input",
-        reduction_axes=axes,
-        feature_axes=axes,
-    )
-    return with_parameters(new, *parameters(layer, "weight", "bias"))
+    new = over_last_axes(make, layer.shape, layer.eps, "input")
+    scale, bias = parameters(layer, "weight", "bias")
+    return with_fields(new, scale=scale, bias=bias)
 
 
 def _group_norm(layer: Any, path: KeyPath, conversion: _FromEquinox) -> GroupNorm:
@@ -274,7 +239,8 @@ def _group_norm(layer: Any, path: KeyPath, conversion: _FromEquinox) -> GroupNor
         feature_axis=0,
         batch_axes=(),
     )
-    return with_parameters(new, *parameters(layer, "weight", "bias"))
+    scale, bias = parameters(layer, "weight", "bias")
+    return with_fields(new, scale=scale, bias=bias)
 
 
 def _batch_norm(layer: Any, path: KeyPath, conversion: _FromEquinox) -> BatchNorm:
@@ -301,9 +267,9 @@ def _batch_norm(layer: Any, path: KeyPath, conversion: _FromEquinox) -> BatchNor
         with jax.numpy_dtype_promotion("standard"):
             seen = jnp.where(count == 0, 1, 1 - layer.momentum**count)[..., None]
             mean, var = mean / seen, var / seen
-    new = with_parameters(new, *parameters(layer, "weight", "bias"))
+    scale, bias = parameters(layer, "weight", "bias")
     index = conversion.keep_state(index, running_stats(mean, var, count))
-    return eqx.tree_at(lambda layer: layer.state_index, new, index)
+    return with_fields(new, scale=scale, bias=bias, state_index=index)
 
 
 def _weight_of(layer: Any, size: int, axis: int | None) -> Array:
@@ -327,7 +293,7 @@ def _weight_norm(layer: Any, path: KeyPath, conversion: _FromEquinox) -> WeightN
         where=lambda wrapped: getattr(wrapped, layer.weight_name),
     )
     shape = () if layer.axis is None else (layer.g.size,)
-    return eqx.tree_at(lambda layer: layer.scales, new, (layer.g.reshape(shape),))
+    return with_fields(new, scales=(layer.g.reshape(shape),))
 
 
 def _spectral_norm(layer: Any, path: KeyPath, conversion: _FromEquinox) -> SpectralNorm:
@@ -354,7 +320,7 @@ def _spectral_norm(layer: Any, path: KeyPath, conversion: _FromEquinox) -> Spect
     v = v.reshape(1, *weight.shape[1:])
     sigma = jnp.sum(u * weight.astype(wide) * v)
     index = conversion.keep_state(layer.uv_index, (SpectralStats(u, v, sigma),))
-    return eqx.tree_at(lambda layer: layer.state_index, new, index)
+    return with_fields(new, state_index=index)
 
 
 _BUILDERS: Builders = {

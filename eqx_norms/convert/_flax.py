@@ -1,11 +1,10 @@
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from equinox.nn import State
-from jaxtyping import Array
 
 from .._batch_norm import BatchNorm
 from .._checks import Check, as_tuple
@@ -15,32 +14,18 @@ from .._kinds import kind, type_name
 from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
 from .._types import AxisName
-from ._common import (
-    as_num_features,
-    axes_order,
-    check_entries,
-    contents,
-    running_stats,
-    with_init,
-    with_parameters,
-    with_state,
-)
-
-
-class _Kind(NamedTuple):
-    make: Any
-    # The attribute that says where the features are, and the settings besides the common.
-    axes: str | None
-    settings: tuple[str, ...] = ()
+from ._common import as_num_features, check_entries, check_order, contents, with_contents
 
 
 _COMMON = ("epsilon", "dtype", "axis_name", "axis_index_groups", "use_fast_variance")
-_KINDS = {
-    "BatchNorm": _Kind(BatchNorm, "axis", ("momentum",)),
-    "LayerNorm": _Kind(LayerNorm, "feature_axes", ("reduction_axes",)),
-    "RMSNorm": _Kind(RMSNorm, "feature_axes", ("reduction_axes",)),
-    "GroupNorm": _Kind(GroupNorm, None, ("num_groups", "reduction_axes")),
-    "InstanceNorm": _Kind(InstanceNorm, "feature_axes"),
+# By class of Flax: ours, the attribute that says where the features are, and the settings
+# besides the common ones.
+_KINDS: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
+    "BatchNorm": (BatchNorm, "axis", ("momentum",)),
+    "LayerNorm": (LayerNorm, "feature_axes", ("reduction_axes",)),
+    "RMSNorm": (RMSNorm, "feature_axes", ("reduction_axes",)),
+    "GroupNorm": (GroupNorm, None, ("num_groups", "reduction_axes")),
+    "InstanceNorm": (InstanceNorm, "feature_axes", ()),
 }
 _COLLECTIONS = {"params": ("scale", "bias"), "batch_stats": ("mean", "var")}
 
@@ -93,10 +78,11 @@ def from_flax(
     `ValueError` for any other layer; if the variables are not those of the layer; for an
     nnx layer with a `promote_dtype` of its own.
     """
-    package = "flax.nnx" if _is_a(layer, "flax.nnx") else "flax.linen"
-    name = kind(layer, package, _KINDS, "__call__")
+    is_nnx = any(cls.__module__.startswith("flax.nnx.") for cls in type(layer).__mro__)
+    package = "flax.nnx" if is_nnx else "flax.linen"
+    name = kind(layer, package, _KINDS)
     if name is None:
-        wraps = kind(layer, package, ("WeightNorm", "SpectralNorm"), "__call__")
+        wraps = kind(layer, package, ("WeightNorm", "SpectralNorm"))
         raise ValueError(
             f"from_flax: no counterpart for {type_name(layer)}. "
             + (
@@ -110,14 +96,24 @@ def from_flax(
     make, axes_name, settings = _KINDS[name]
     check = Check(f"from_flax({name})")
     axes = (-1,) if axes_name is None else as_tuple(getattr(layer, axes_name))
-    axes = tuple(axes[i] for i in axes_order(axes, check))
-    arrays = _arrays(layer, variables, package, check)
-    expected = _expected(layer, name)
+    check_order(axes, check)
+    axes = tuple(sorted(axes))
+    if is_nnx:
+        arrays = _nnx_arrays(layer, variables, check)
+    else:
+        arrays = _linen_arrays(variables, check)
+    used = [key for key in ("scale", "bias") if getattr(layer, f"use_{key}", False)]
+    expected = [f"params/{key}" for key in used]
+    if name == "BatchNorm":
+        expected += ["batch_stats/mean", "batch_stats/var"]
     shape = _feature_shape(layer, arrays, expected, axes, num_features, check)
-    if package == "flax.nnx" and len(axes) > 1:
-        arrays = _unflatten(arrays, shape)
+    if is_nnx and len(axes) > 1:
+        # They are kept in one, in the order of the input's axes.
+        arrays = {
+            key: value.reshape(shape) if value.size == math.prod(shape) else value
+            for key, value in arrays.items()
+        }
     check_entries(arrays, dict.fromkeys(expected, shape), check)
-    arrays = {key: jnp.asarray(value) for key, value in arrays.items()}
 
     options = {option: getattr(layer, option) for option in (*_COMMON, *settings)}
     if axes_name is not None:
@@ -129,11 +125,8 @@ def from_flax(
     if name == "GroupNorm" and layer.num_groups is None:
         options["group_size"] = layer.group_size
     new = make(as_num_features(shape), **options)
-    new = with_parameters(new, arrays.get("params/scale"), arrays.get("params/bias"))
-    if name == "BatchNorm":
-        mean, var = arrays["batch_stats/mean"], arrays["batch_stats/var"]
-        new = with_init(new, running_stats(mean, var, jnp.zeros((), jnp.int32)))
-    return with_state(new)
+    named = {key.partition("/")[2]: jnp.asarray(value) for key, value in arrays.items()}
+    return with_contents(new, named)
 
 
 def to_flax_variables(layer: Any, state: State | None = None) -> dict[str, Any]:
@@ -179,33 +172,29 @@ def to_flax_variables(layer: Any, state: State | None = None) -> dict[str, Any]:
     return {collection: values for collection, values in variables.items() if values}
 
 
-def _is_a(layer: Any, package: str) -> bool:
-    return any(cls.__module__.startswith(f"{package}.") for cls in type(layer).__mro__)
-
-
-def _expected(layer: Any, name: str) -> list[str]:
-    """The names of the entries that a layer of Flax has."""
-    used = [key for key in ("scale", "bias") if getattr(layer, f"use_{key}", False)]
-    names = [f"params/{key}" for key in used]
-    if name == "BatchNorm":
-        names += [f"batch_stats/{key}" for key in _COLLECTIONS["batch_stats"]]
-    return names
-
-
-def _arrays(
-    layer: Any, variables: Mapping[str, Any] | None, package: str, check: Check
+def _nnx_arrays(
+    layer: Any, variables: Mapping[str, Any] | None, check: Check
 ) -> dict[str, Any]:
     """The variables, by collection and name."""
-    if package == "flax.nnx":
-        if variables is not None:
-            raise check.error("an nnx layer has its variables; give it alone.")
-        _check_promotion(layer, check)
-        return {
-            f"{collection}/{key}": getattr(layer, key)[...]
-            for collection, keys in _COLLECTIONS.items()
-            for key in keys
-            if getattr(layer, key, None) is not None
-        }
+    from flax.nnx.nn.dtypes import promote_dtype
+
+    if variables is not None:
+        raise check.error("an nnx layer has its variables; give it alone.")
+    if getattr(layer, "promote_dtype", promote_dtype) is not promote_dtype:
+        raise check.error(
+            "the layer has a `promote_dtype` of its own, and what that does has no "
+            "counterpart. Use `dtype` and `param_dtype`."
+        )
+    return {
+        f"{collection}/{key}": getattr(layer, key)[...]
+        for collection, keys in _COLLECTIONS.items()
+        for key in keys
+        if getattr(layer, key, None) is not None
+    }
+
+
+def _linen_arrays(variables: Mapping[str, Any] | None, check: Check) -> dict[str, Any]:
+    """The variables, by collection and name."""
     if variables is None:
         raise check.error(
             "a `flax.linen` module needs its variables: `from_flax(module, variables)`."
@@ -250,21 +239,3 @@ def _feature_shape(
             f"`from_flax(..., num_features={'n' if len(axes) == 1 else '(n, m)'})`."
         )
     return shape
-
-
-def _unflatten(arrays: dict[str, Any], shape: tuple[Any, ...]) -> dict[str, Array]:
-    """nnx keeps the features of several axes in one, in the order of the input's axes."""
-    return {
-        key: value.reshape(shape) if value.size == math.prod(shape) else value
-        for key, value in arrays.items()
-    }
-
-
-def _check_promotion(layer: Any, check: Check) -> None:
-    from flax.nnx.nn.dtypes import promote_dtype
-
-    if getattr(layer, "promote_dtype", promote_dtype) is not promote_dtype:
-        raise check.error(
-            "the layer has a `promote_dtype` of its own, and what that does has no "
-            "counterpart. Use `dtype` and `param_dtype`."
-        )

@@ -16,9 +16,8 @@ from .._kinds import type_name
 from .._layer import AbstractNorm
 from .._rms_norm import RMSNorm
 from .._statistics import abs_square
-from .._trees import KeyPath
+from .._trees import KeyPath, with_fields
 from .._wrapped import AbstractWrapper, is_stateful
-from ._common import with_state
 from ._conversion import Builders, Conversion, parameters
 
 
@@ -59,8 +58,7 @@ def to_equinox(layer: Any, state: State | None = None) -> Any:
 
     - `layer`: a [`eqx_norms.BatchNorm`][], `LayerNorm`, `RMSNorm`, `GroupNorm`,
         `InstanceNorm`, `WeightNorm` or `SpectralNorm`.
-    - `state`: the `equinox.nn.State` of the model that the layer is in. May be left out
-        for a layer that `equinox.nn.make_with_state` has not seen.
+    - `state`: as in [`eqx_norms.convert.from_equinox`][].
 
     **Returns:**
 
@@ -75,16 +73,7 @@ def to_equinox(layer: Any, state: State | None = None) -> Any:
 
     For norms within a wrapped layer, as [`eqx_norms.restore_norms`][].
     """
-    conversion = _ToEquinox(state)
-    if not conversion.is_norm(layer):
-        raise ValueError(
-            f"to_equinox: no counterpart for {type_name(layer)}. There is one for "
-            f"{', '.join(_BUILDERS)} of eqx_norms, and their subclasses without a "
-            "`__call__` of their own. `restore_norms` takes whole models."
-        )
-    new = conversion.build(layer, ())
-    conversion.warn("to_equinox")
-    return with_state(new)
+    return _ToEquinox(state).convert_layer(layer)
 
 
 def restore_norms(model: Any, state: State | None = None) -> Any:
@@ -95,13 +84,10 @@ def restore_norms(model: Any, state: State | None = None) -> Any:
     !!! example
 
         ```python
-        def make(key):
-            norm = en.BatchNorm(8, axis=0, axis_name="batch")
-            return eqx.nn.Sequential([eqx.nn.Linear(3, 8, key=key), norm, en.RMSNorm(8)])
-
-        model, state = eqx.nn.make_with_state(make)(jax.random.key(0))
+        make = lambda: [en.BatchNorm(8, axis=0, axis_name="batch"), en.RMSNorm(8)]
+        model, state = eqx.nn.make_with_state(make)()
         model, state = en.restore_norms(model, state)
-        assert type(model[2]) is eqx.nn.RMSNorm
+        assert type(model[1]) is eqx.nn.RMSNorm
         ```
 
     Model and state given stay as they were. Layers that share their state go on to share
@@ -128,16 +114,13 @@ def restore_norms(model: Any, state: State | None = None) -> Any:
 
     Once, with path, class and reason, for all norms that were left.
     """
-    conversion = _ToEquinox(state)
-    return conversion.finish(conversion(model, ()), "restore_norms")
+    return _ToEquinox(state).convert_model(model)
 
 
 class _ToEquinox(Conversion):
     package = "eqx_norms"
-    needs_state = (
-        "A norm of eqx_norms has a state, and `equinox.nn.make_with_state` took it out of "
-        "the layer. Give it too: `to_equinox(layer, state)`, `restore_norms(model, state)`."
-    )
+    of_layer = "to_equinox"
+    of_model = "restore_norms"
 
     def __init__(self, state: State | None):
         super().__init__(_BUILDERS, state, {})
@@ -145,9 +128,9 @@ class _ToEquinox(Conversion):
         self.counters: dict[Any, StateIndex] = {}
 
     def resemblance(self, node: Any, around: bool) -> str | None:
-        if isinstance(node, (AbstractNorm, AbstractWrapper)) and not self.is_norm(node):
-            return "a class of its own, or with a `__call__` of its own"
-        return None
+        if not isinstance(node, (AbstractNorm, AbstractWrapper)) or self.builder(node):
+            return None
+        return "a class of its own, or with a `__call__` of its own"
 
     def counter(self, index: StateIndex, count: Array) -> StateIndex:
         """The index of a counter beside one of statistics, the same for the same one."""
@@ -155,7 +138,7 @@ class _ToEquinox(Conversion):
         if isinstance(index.marker, str):
             # As `make_with_state` names it.
             name = f"{index.marker.rpartition('.')[0]}.batch_counter"
-            object.__setattr__(new, "marker", name)
+            return with_fields(new, marker=name)
         return new
 
 
@@ -206,11 +189,6 @@ def _affine(layer: Any, *stats: Array, both: bool = False) -> tuple[Any, Any]:
     return scale, bias
 
 
-def _with_weights(new: Any, scale: Array | None, bias: Array | None) -> Any:
-    where = lambda layer: (layer.weight, layer.bias)  # noqa: E731
-    return eqx.tree_at(where, new, (scale, bias), is_leaf=lambda x: x is None)
-
-
 def _layer_norm(layer: Any, path: KeyPath, conversion: _ToEquinox) -> Any:
     shape = as_tuple(layer.num_features)
     axes = tuple(range(-len(shape), 0))
@@ -225,7 +203,7 @@ def _layer_norm(layer: Any, path: KeyPath, conversion: _ToEquinox) -> Any:
         )
     make = eqx.nn.RMSNorm if rms else eqx.nn.LayerNorm
     new = make(shape, layer.epsilon, scale is not None, bias is not None)
-    return _with_weights(new, scale, bias)
+    return with_fields(new, weight=scale, bias=bias)
 
 
 def _group_norm(layer: Any, path: KeyPath, conversion: _ToEquinox) -> eqx.nn.GroupNorm:
@@ -238,7 +216,7 @@ def _group_norm(layer: Any, path: KeyPath, conversion: _ToEquinox) -> eqx.nn.Gro
         groups = layer.num_groups
     scale, bias = _affine(layer, both=True)
     new = eqx.nn.GroupNorm(groups, size, layer.epsilon, scale is not None)
-    return _with_weights(new, scale, bias)
+    return with_fields(new, weight=scale, bias=bias)
 
 
 def _batch_norm(layer: Any, path: KeyPath, conversion: _ToEquinox) -> eqx.nn.BatchNorm:
@@ -272,12 +250,13 @@ def _batch_norm(layer: Any, path: KeyPath, conversion: _ToEquinox) -> eqx.nn.Bat
         layer._evaluates(None),
         mode="batch",
     )
-    counter = conversion.counter(layer.state_index, count)
-    index = conversion.keep_state(layer.state_index, (mean, var))
-    new = eqx.tree_at(
-        lambda layer: (layer.batch_state_index, layer.batch_counter), new, (index, counter)
+    return with_fields(
+        new,
+        weight=scale,
+        bias=bias,
+        batch_state_index=conversion.keep_state(layer.state_index, (mean, var)),
+        batch_counter=conversion.counter(layer.state_index, count),
     )
-    return _with_weights(new, scale, bias)
 
 
 def _weight_of(layer: Any) -> tuple[str, Array]:
@@ -306,7 +285,7 @@ def _weight_norm(layer: Any, path: KeyPath, conversion: _ToEquinox) -> eqx.nn.We
         )
     square = reduction.sum(abs_square(weight.astype(promote(weight, jnp.float32))))
     _require_positive(layer, square, "a length of")
-    (scale,) = layer._scales()
+    (scale,) = layer._own()
     _require_dtype(
         layer, promote(weight, weight if scale is None else scale), weight, scale
     )
@@ -317,7 +296,7 @@ def _weight_norm(layer: Any, path: KeyPath, conversion: _ToEquinox) -> eqx.nn.We
     shape = [size if axis in axes else 1 for axis, size in enumerate(weight.shape)]
     axis = axes[0] if axes else None
     new = eqx.nn.WeightNorm(conversion.inner(layer, name, path), name, axis)
-    return eqx.tree_at(lambda layer: layer.g, new, g.reshape(shape))
+    return with_fields(new, g=g.reshape(shape))
 
 
 def _spectral_norm(
@@ -346,7 +325,7 @@ def _spectral_norm(
         key=jax.random.key(0),  # Of vectors that the stored ones replace.
     )
     index = conversion.keep_state(layer.state_index, (u.ravel(), stats.v.ravel()))
-    return eqx.tree_at(lambda layer: layer.uv_index, new, index)
+    return with_fields(new, uv_index=index)
 
 
 _BUILDERS: Builders = {

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 from equinox.nn import State
 
 from .._batch_norm import BatchNorm
-from .._checks import Check
+from .._checks import Check, as_tuple
 from .._freeze import freeze
 from .._group_norm import GroupNorm
 from .._instance_norm import InstanceNorm
@@ -14,24 +14,28 @@ from .._kinds import kind, type_name
 from .._layer import AbstractNorm
 from .._layer_norm import LayerNorm
 from .._rms_norm import RMSNorm
+from .._trees import with_fields
 from .._types import AxisName
 from .._wrapped import AbstractWrapper
 from ._common import (
     LAYERS,
-    as_num_features,
-    axes_order,
     check_entries,
+    check_order,
     contents,
     feature_axes,
-    features_in_order,
-    running_stats,
-    with_init,
-    with_parameters,
-    with_state,
+    over_last_axes,
+    with_contents,
 )
 from ._torch_weights import PLAIN, fill_weights, normalizer, to_array, wrapper
 
 
+_NORMS = (
+    *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"),
+    "GroupNorm",
+    *("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"),
+    "LayerNorm",
+    "RMSNorm",
+)
 # What an entry of a state dict is called here.
 _NAMES = {
     "weight": "scale",
@@ -77,13 +81,8 @@ def from_torch(
 
         norm, state = en.convert.from_torch(torch.nn.BatchNorm2d(8))
 
-        # One layer of a whole state dict, into its place in a model and its state:
-        source = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
-        entries = {
-            name.removeprefix("1."): value
-            for name, value in source.state_dict().items()
-            if name.startswith("1.")
-        }
+        # A state dict, into a layer's place in a model and its state:
+        entries = torch.nn.BatchNorm2d(8).state_dict()
         model, state = eqx.nn.make_with_state(lambda: [en.BatchNorm(8, axis=1)])()
         model[0], norm_state = en.convert.from_torch(entries, like=model[0])
         state = state.update(norm_state)
@@ -132,12 +131,12 @@ def from_torch(
             "from_torch: `like` is for a state dict. A module has settings of its own. "
             "Give it alone, or its `state_dict()`."
         )
-    name = kind(source, "torch.nn", _BUILDERS, "forward")
+    name = kind(source, "torch.nn", _NORMS, "forward")
     how, frozen = normalizer(source), _is_frozen(source)
     if how is None and not frozen and name is None:
         raise ValueError(
             f"from_torch: no counterpart for {type_name(source)}. There is one for "
-            f"{', '.join(_BUILDERS)} of `torch.nn`, for their subclasses without a "
+            f"{', '.join(_NORMS)} of `torch.nn`, for their subclasses without a "
             f"`forward` of their own, for {', '.join(PLAIN)} with `weight_norm` or "
             "`spectral_norm`, for frozen batch norms, and for a state dict of one."
         )
@@ -150,9 +149,9 @@ def from_torch(
         layer = _frozen(source, batched, axis_name)
         arrays["num_batches_tracked"] = jnp.ones((), jnp.int32)
     else:
-        layer = _BUILDERS[str(name)](source, batched, axis_name)
+        layer = _norm(source, str(name), batched, axis_name)
     # Says which parameters there are, and their dtypes.
-    layer = with_parameters(layer, arrays.get("weight"), arrays.get("bias"))
+    layer = with_fields(layer, scale=arrays.get("weight"), bias=arrays.get("bias"))
     return _fill(layer, arrays)
 
 
@@ -223,33 +222,21 @@ def _fill(like: Any, entries: Mapping[str, Any]) -> Any:
             f"from_torch: `like` must be a layer of eqx_norms, got {type_name(like)}."
         )
     check = Check(f"from_torch({type(like).__name__})")
-    shape = features_in_order(like, check)
-    expected = {"weight": like.scale, "bias": like.bias}
-    shapes = {name: shape for name, value in expected.items() if value is not None}
+    axes, sizes = feature_axes(like), as_tuple(like.num_features)
+    check_order(axes, check)
+    shape = tuple(size for _, size in sorted(zip(axes, sizes, strict=True)))
+    parameters = {"weight": like.scale, "bias": like.bias}
+    expected = {name: shape for name, old in parameters.items() if old is not None}
     if isinstance(like, BatchNorm):
-        shapes |= {"running_mean": shape, "running_var": shape, "num_batches_tracked": ()}
+        expected |= {"running_mean": shape, "running_var": shape, "num_batches_tracked": ()}
         # Old state dicts have no count, and PyTorch starts to count anew.
         entries = {"num_batches_tracked": np.zeros((), np.int32), **entries}
-    check_entries(entries, shapes, check)
-
-    # From the order of the input's axes to that of the layer's.
-    order = np.argsort(axes_order(feature_axes(like), check)).tolist()
-
-    def parameter(name):
-        old = expected[name]
-        if old is None:
-            return None
-        return jnp.transpose(to_array(entries[name]), order).astype(old.dtype)
-
-    layer = with_parameters(like, parameter("weight"), parameter("bias"))
-    if isinstance(like, BatchNorm):
-        mean, var = (
-            jnp.transpose(to_array(entries[name]), order)
-            for name in ("running_mean", "running_var")
-        )
-        count = to_array(entries["num_batches_tracked"])
-        layer = with_init(layer, running_stats(mean, var, count))
-    return with_state(layer)
+    check_entries(entries, expected, check)
+    arrays = {name: to_array(value) for name, value in entries.items()}
+    for name, old in parameters.items():
+        if old is not None:
+            arrays[name] = arrays[name].astype(old.dtype)
+    return with_contents(like, {_NAMES[name]: array for name, array in arrays.items()})
 
 
 def _is_frozen(source: Any) -> bool:
@@ -272,17 +259,37 @@ def _frozen(source: Any, batched: bool, axis_name: AxisName) -> BatchNorm:
     )
 
 
-def _batch_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:
-    axis = 1 if batched else 0
+def _norm(source: Any, name: str, batched: bool, axis_name: AxisName) -> AbstractNorm:
+    """A layer with the settings of a module, which is one of `_NORMS`."""
+    if name in ("LayerNorm", "RMSNorm"):
+        make = LayerNorm if name == "LayerNorm" else RMSNorm
+        return over_last_axes(make, tuple(source.normalized_shape), _epsilon(source))
+    axis, batch_axes = (1, 0) if batched else (0, ())
+    if name == "GroupNorm":
+        return GroupNorm(
+            source.num_channels,
+            source.num_groups,
+            epsilon=source.eps,
+            feature_axis=axis,
+            batch_axes=batch_axes,
+        )
+    by_example = name.startswith("InstanceNorm")
     if not source.track_running_stats:
         return InstanceNorm(
             source.num_features,
             epsilon=source.eps,
             feature_axes=axis,
-            batch_axes=(),
-            axis_name=axis_name,
+            batch_axes=batch_axes if by_example else (),
+            axis_name=None if by_example else axis_name,
         )
-    return BatchNorm(
+    if by_example and source.training:
+        raise ValueError(
+            "from_torch: an InstanceNorm with `track_running_stats=True` normalises each "
+            "example in training and by running statistics in evaluation, which no layer "
+            "of eqx_norms does. For its evaluation call `.eval()` first; for its training "
+            "set `track_running_stats=False`."
+        )
+    layer = BatchNorm(
         source.num_features,
         use_running_average=not source.training,
         axis=axis,
@@ -291,63 +298,12 @@ def _batch_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm
         axis_name=axis_name,
         use_unbiased_variance=True,
     )
+    return freeze(layer) if by_example else layer
 
 
-def _instance_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:
-    if not source.track_running_stats:
-        return InstanceNorm(
-            source.num_features,
-            epsilon=source.eps,
-            feature_axes=1 if batched else 0,
-            batch_axes=0 if batched else (),
-        )
-    if source.training:
-        raise ValueError(
-            "from_torch: an InstanceNorm with `track_running_stats=True` normalises each "
-            "example in training and by running statistics in evaluation, which no layer "
-            "of eqx_norms does. For its evaluation call `.eval()` first; for its training "
-            "set `track_running_stats=False`."
-        )
-    return freeze(_batch_norm(source, batched, axis_name))
-
-
-def _group_norm(source: Any, batched: bool, axis_name: AxisName) -> GroupNorm:
-    return GroupNorm(
-        source.num_channels,
-        source.num_groups,
-        epsilon=source.eps,
-        feature_axis=1 if batched else 0,
-        batch_axes=0 if batched else (),
-    )
-
-
-def _over_last_axes(make: Any, source: Any, epsilon: float) -> AbstractNorm:
-    shape = tuple(source.normalized_shape)
-    axes = tuple(range(-len(shape), 0))
-    return make(
-        as_num_features(shape), epsilon=epsilon, reduction_axes=axes, feature_axes=axes
-    )
-
-
-def _layer_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:
-    return _over_last_axes(LayerNorm, source, source.eps)
-
-
-def _rms_norm(source: Any, batched: bool, axis_name: AxisName) -> AbstractNorm:
-    epsilon = source.eps
-    if epsilon is None:
-        # PyTorch takes that of the precision it computes in.
-        double = source.weight is not None and str(source.weight.dtype) == "torch.float64"
-        epsilon = float(np.finfo(np.float64 if double else np.float32).eps)
-    return _over_last_axes(RMSNorm, source, epsilon)
-
-
-_BUILDERS: dict[str, Callable[[Any, bool, AxisName], AbstractNorm]] = {
-    **dict.fromkeys(
-        ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"), _batch_norm
-    ),
-    "GroupNorm": _group_norm,
-    **dict.fromkeys(("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"), _instance_norm),
-    "LayerNorm": _layer_norm,
-    "RMSNorm": _rms_norm,
-}
+def _epsilon(source: Any) -> float:
+    if source.eps is not None:
+        return source.eps
+    # PyTorch's RMSNorm takes that of the precision it computes in.
+    double = source.weight is not None and str(source.weight.dtype) == "torch.float64"
+    return float(np.finfo(np.float64 if double else np.float32).eps)

@@ -13,6 +13,7 @@ from .._checks import Check
 from .._dtypes import promote
 from .._kinds import base, kind, type_name
 from .._spectral_norm import SpectralNorm, SpectralStats
+from .._trees import with_fields
 from .._weight_norm import WeightNorm
 from ._common import check_entries, with_init, with_state
 
@@ -140,15 +141,16 @@ def fill_weights(like: Any, entries: Mapping[str, Any]) -> Any:
         return array.swapaxes(1, 2).reshape(number * outputs, inputs // number, *space)
 
     weight = kernel(names[0], shape).astype(weight.dtype)
-    new = eqx.tree_at(lambda new: new.layer.weight, like, weight)
+    layer = like._with((weight,))
     if bias is not None:
-        value = to_array(entries["bias"]).reshape(bias.shape).astype(bias.dtype)
-        new = eqx.tree_at(lambda new: new.layer.bias, new, value)
+        bias = to_array(entries["bias"]).reshape(bias.shape).astype(bias.dtype)
+        layer = eqx.tree_at(lambda layer: layer.bias, layer, bias)
+    new = with_fields(like, layer=layer)
     first = kernel(names[1], along)
     if not spectral:
         (scale,) = like.scales
         scale = first.reshape(scale.shape).astype(scale.dtype)
-        return eqx.tree_at(lambda new: new.scales, new, (scale,))
+        return with_fields(new, scales=(scale,))
     second = kernel(names[2], across)
     dtype = promote(weight, first, jnp.float32)
     stats = SpectralStats(first.astype(dtype), second.astype(dtype), jnp.ones((), dtype))
