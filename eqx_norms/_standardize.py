@@ -134,7 +134,7 @@ def _tangent(
     settings: Settings, kept: Inputs, stats: Statistics, dx: Any, tangents: Any
 ) -> tuple[Array, Statistics]:
     """The derivative of `_formula`. `dx` is `None` where it is zero."""
-    reduction, wide = settings.reduction, settings.wide(kept.x)
+    wide = settings.wide(kept.x)
     d, inv, valid = _deviation(settings, kept, stats)
     z, scale = d * inv, _total(kept.scale, wide, settings.scale_offset)
     dscale, dbias = (_total(t, wide) for t in (tangents.scale, tangents.bias))
