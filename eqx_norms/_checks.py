@@ -14,15 +14,7 @@ from jaxtyping import Array
 
 from ._axes import feature_shape
 from ._dtypes import ResultDType, is_tiny, promote
-from ._types import (
-    Axes,
-    AxisIndexGroups,
-    AxisName,
-    DTypeLike,
-    Groups,
-    Names,
-    Shape,
-)
+from ._types import Axes, AxisIndexGroups, AxisName, DTypeLike, Groups, Names, Shape
 
 
 def as_tuple(values: Axes) -> tuple[int, ...]:

@@ -17,15 +17,7 @@ from ._names import AnswersNames
 from ._standardize import compute, prepare
 from ._state import check_optional_state
 from ._statistics import Inputs, Reduction, Settings, Statistics
-from ._types import (
-    AnyArray,
-    Axes,
-    AxisIndexGroups,
-    AxisName,
-    DTypeLike,
-    Initializer,
-    Shape,
-)
+from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
 
 
 def split_key(key: PRNGKeyArray, number: int, *, check: Check) -> list[PRNGKeyArray]:
@@ -186,10 +178,6 @@ class AbstractNorm(AnswersNames, eqx.Module):
         # Without parameters nothing tells how the features are split over devices.
         return as_tuple(self.num_features) if self.axis_name is None else None
 
-    def _layout(self) -> tuple[str, tuple[int, ...]]:
-        """What the layer calls its feature axes, and which they are."""
-        return self._axes_arguments[0], as_tuple(getattr(self, self._axes_arguments[0]))
-
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
         """What the statistics of an input of this shape are over."""
         raise NotImplementedError  # A norm of a user's own may do without.
@@ -208,10 +196,9 @@ class AbstractNorm(AnswersNames, eqx.Module):
         """Checks the arrays of a call. Returns what `compute` takes. `features` is the
         feature shape that is required, `None` if any will do. `allow_one_position` says
         that statistics of one position each are not refused."""
-        check = self._check
-        argument, axes = self._layout()
+        check, argument = self._check, self._axes_arguments[0]
         x = check.array(x, "x")
-        axes = check.axes_in(x.ndim, axes, argument)
+        axes = check.axes_in(x.ndim, as_tuple(getattr(self, argument)), argument)
         if features is not None:
             check.features(features, x.shape, axes, self._axes_arguments)
         return prepare(

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from .._axes import to_feature_order, to_input_order
 from .._batch_norm import BatchNorm
-from .._checks import Check
+from .._checks import Check, as_tuple
 from .._dtypes import ResultDType, cast, promote, real_dtype
 from .._kinds import type_name
 from .._layer import AbstractExampleNorm, AbstractNorm
@@ -56,7 +56,7 @@ def as_num_features(shape: Shape) -> int | Shape:
 
 
 def feature_axes(layer: AbstractNorm) -> tuple[int, ...]:
-    return layer._layout()[1]
+    return as_tuple(getattr(layer, layer._axes_arguments[0]))
 
 
 def over_last_axes(
