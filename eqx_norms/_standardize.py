@@ -135,6 +135,15 @@ def _tangent(
 ) -> tuple[Array, Statistics]:
     """The derivative of `_formula`. `dx` is `None` where it is zero."""
     wide = settings.wide(kept.x)
+    # With other statistics, as far as XLA knows, than those of the forward pass: so it
+    # computes `d` and `z` anew, and does not keep them in the place of `x`. Without any
+    # barrier, unrolled blocks with RMSNorm took 9 percent more memory, and a vision
+    # transformer in float32 read and wrote 2 percent more. With a barrier around `x` and
+    # the cotangent too, as `prevent_cse=True` has it, XLA writes an `x` to memory that it
+    # would compute anew from what comes before: a U-Net read and wrote 7 percent more and
+    # took 9 percent more memory. (Compiled for an H200: `tests/benchmarks/models.py`,
+    # `compiled.py`. For a TPU v5e unrolled blocks are 4 to 6 percent faster so.)
+    stats = jax.lax.optimization_barrier(stats)
     d, inv, valid = _deviation(settings, kept, stats)
     z, scale = d * inv, _total(kept.scale, wide, settings.scale_offset)
     dscale, dbias = (_total(t, wide) for t in (tangents.scale, tangents.bias))
@@ -182,14 +191,8 @@ def _rule(settings, primals, tangents):
         tangents._replace(x=None, mask=None, members=None),
     )
     kept = inputs._replace(bias=(), given=None)
-    linear = jax.checkpoint(functools.partial(_tangent, settings))
-    # The default, `prevent_cse=True`, has XLA compute anew what it computed forward. If not
-    # told so, it may keep that in the place of `x`. Compiled for an H200, a step of three
-    # unrolled blocks with RMSNorm then takes 9 percent more memory; run on one, with either
-    # norm, it takes 1.01 times as long, and scanned ones as long. On a CPU there is no
-    # difference in the median. A TPU v5e pays for the default: its compiler estimates
-    # unrolled blocks 4 to 6 percent faster without, and scanned ones 1 to 2 percent.
-    # (`tests/benchmarks/blocks.py` and `compiled.py`)
+    tangent = functools.partial(_tangent, settings)
+    linear = jax.checkpoint(tangent, prevent_cse=False)
     return (y, stats), linear(kept, stats, dx, tangents)
 
 
