@@ -19,7 +19,7 @@ from ._running import (
     update,
     warn_if_new,
 )
-from ._standardize import compute
+from ._standardize import compute, compute_both
 from ._state import check_precision, get_state, needs_state, set_state
 from ._statistics import Reduction, Statistics
 from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike, Initializer, Shape
@@ -222,7 +222,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
         )
         if evaluates:
             warn_if_new(running, check=check)
-            return compute(settings, inputs)[0], state
+            return compute(settings, inputs), state
 
         check_precision(running, check=check)
         if jnp.iscomplexobj(inputs.x) and not jnp.iscomplexobj(running.mean):
@@ -231,7 +231,7 @@ class BatchNorm(AbstractNorm, StatefulLayer):
                 f"complex input of dtype {inputs.x.dtype}. Give the layer a complex "
                 "`param_dtype`."
             )
-        y, batch = compute(settings._replace(returns_statistics=True), inputs)
+        y, batch = compute_both(settings, inputs)
         step = Step(
             feature_axes=settings.feature_axes,
             size=settings.reduction.size(inputs.x.shape) * inputs.members.size,

@@ -1,4 +1,4 @@
-"""Arguments checked, and made canonical: hashable, as a static field must be."""
+"""Checks of arguments and arrays; static arguments are made hashable."""
 
 import itertools
 import math
@@ -47,7 +47,7 @@ def _is_hashable(value: Any) -> bool:
 
 
 class Check(NamedTuple):
-    """Checks arguments in the name of a layer or a function, with which errors begin."""
+    """Checks arguments for a layer or a function. Errors begin with its name."""
 
     name: str
 
@@ -102,7 +102,7 @@ class Check(NamedTuple):
         return momentum
 
     def flag(self, flag: Any, argument: str) -> bool:
-        """What decides which computation it is. An array must be a scalar with a value."""
+        """A flag that selects the computation. An array must be a scalar with a value."""
         if isinstance(flag, Tracer):
             raise self.error(
                 f"`{argument}` must be True or False, got a traced array. `jax.jit`, "
@@ -111,7 +111,7 @@ class Check(NamedTuple):
                 "no array with `eqx.partition(model, eqx.is_array)`, and put it back with "
                 "`eqx.combine`."
             )
-        # A number passes: casts and averages of all leaves of a model make such of flags.
+        # Numbers pass: what casts or averages all leaves of a model turns flags into them.
         if not _is_number(flag):
             raise self.error(
                 f"`{argument}` must be True or False, got {flag!r}. Give a Python one."
@@ -137,7 +137,7 @@ class Check(NamedTuple):
         return self.dtype(dtype, "dtype", ', "input" or `None`')
 
     def dtype_of(self, dtype: ResultDType, x: Array, *others: Array | None) -> np.dtype:
-        """The dtype of what is computed from `x` and, among `others`, the parameters."""
+        """The dtype of the result, for the setting `dtype` and these arrays."""
         present = [x, *(other for other in others if other is not None)]
         if dtype is None and any(map(is_tiny, present)):
             dtypes = ", ".join(str(array.dtype) for array in present)
@@ -218,8 +218,8 @@ class Check(NamedTuple):
     ) -> tuple[int, ...]:
         """By default the last axis, where the features are along that too."""
         # For other feature axes alone, Flax reduces the last axis all the same, and PyTorch
-        # the axes of its parameters. Either would be wrong, in silence, for who expects the
-        # other.
+        # the axes of its parameters. Either would be wrong, in silence, for anyone who
+        # expects the other.
         if axes is None and feature_axes != (-1,):
             raise self.error(
                 f"`feature_axes={feature_axes}` needs `reduction_axes` too, the axes that "
@@ -321,7 +321,7 @@ class Check(NamedTuple):
     def array(self, value: Any, argument: str) -> Array:
         cause = None
         try:
-            # A cast to its own dtype looks at the values, if `jax_debug_nans` is set.
+            # `jnp.asarray` of a `jax.Array` looks at its values if `jax_debug_nans` is set.
             array = value if isinstance(value, jax.Array) else jnp.asarray(value)
             if not jnp.issubdtype(array.dtype, jax.dtypes.extended):
                 return array
@@ -376,10 +376,10 @@ class Check(NamedTuple):
                 f"{mask.dtype}. Compare it with a number: `mask > 0`, for example."
             )
         self.broadcasts(mask, x, "mask", feature_axes)
-        # A mask broadcasts from the last axes. If its shape is that of the first axes too,
-        # and along the last ones it would vary only over axes that are not reduced, then
-        # all of a statistic would count or none: it was meant for the first. (A mask of
-        # features is of use in a `LayerNorm`, for as many examples too.)
+        # A mask broadcasts to the last axes. If it fits the first axes too, and along the
+        # last would vary only over axes that are not reduced, then it would exclude whole
+        # statistics: it was meant for the first. (A mask of features is of use in a
+        # `LayerNorm`, even where there are as many examples.)
         missing = x.ndim - mask.ndim
         if not missing or mask.shape != x.shape[:-missing]:
             return

@@ -19,14 +19,15 @@ from ._vmapped import unvarying_index, vmapped_first, vmapped_sum
 
 
 class Members(eqx.Module):
-    """Those that share statistics: all along some named axes, or groups along one axis.
+    """Those that share statistics. A member is one index along the named axes: one example
+    of a `vmap`, or one device of a mesh. All share them, or those of each group.
 
     - `size`: how many members share statistics.
     - `mesh_names`: the names of mesh axes, `pmap`'s among them: a sum over them is a
         collective.
     - `indices`: this member's index along each vmapped axis.
     - `num_groups`: how many groups there are; 1 without groups.
-    - `group`: which of them is this member's; `None` without groups.
+    - `group`: the number of this member's group; `None` without groups.
     """
 
     size: Size = eqx.field(static=True, default=1)
@@ -39,11 +40,14 @@ class Members(eqx.Module):
         """The sum of each value over the members; all values in one collective.
 
         The values have one shape and one precision. With groups each sum has a leading
-        axis: a row for each group, the same for all members. (`psum` over groups of a mesh
-        axis would give each device its own group's sum alone. Neither `shard_map`'s default
-        checks nor `vmap` admit that.)
+        axis, with an entry for each group, the same for all members. (`psum` over groups of
+        a mesh axis would give each device its own group's sum alone. Neither `shard_map`'s
+        default checks nor `vmap` admit that.)
         """
-        values = tuple(self._in_own_group(value) for value in values)
+        if self.group is not None:
+            # An entry for each group: the value in that of this member, zeros elsewhere.
+            own = self._is_own(values[0].ndim + 1)
+            values = tuple(jnp.where(own, v[None], jnp.zeros_like(v)[None]) for v in values)
         for index in self.indices:
             values = tuple(vmapped_sum(value, index) for value in values)
         if not self.mesh_names:
@@ -65,8 +69,9 @@ class Members(eqx.Module):
         )
 
     def first(self, value: Array) -> "tuple[Array, Members]":
-        """Returns the value of the first vmapped member on this device, and the members to
-        sum it over: one on each device. With groups, the value and all members."""
+        """Returns the value of the first vmapped member on this device (see
+        `vmapped_first`), and the members to sum it over: one on each device. With groups,
+        the value and all members."""
         if self.group is not None:
             return value, self
         for index in self.indices:
@@ -75,24 +80,18 @@ class Members(eqx.Module):
         return value, Members(size, self.mesh_names)
 
     def _is_own(self, ndim: int) -> Array:
-        """Which row, of this rank and for each group, is that of this member's group."""
+        """A boolean for each group along axis 0, `True` for this member's, in an array of
+        this rank."""
         numbers = np.arange(self.num_groups, dtype=np.int32)
         return numbers.reshape(-1, *[1] * (ndim - 1)) == self.group
 
-    def _in_own_group(self, value: Array) -> Array:
-        """With groups: a row for each, the value in this member's, zeros in the others."""
+    def own_group(self, entries: Array) -> Array:
+        """The entry of this member's group; without groups, what is given. (By a sum: an
+        index that is sharded on an `Explicit` mesh cannot be used to index.)"""
         if self.group is None:
-            return value
-        own = self._is_own(value.ndim + 1)
-        return jnp.where(own, value[None], jnp.zeros_like(value)[None])
-
-    def own_group(self, rows: Array) -> Array:
-        """The row of this member's group; without groups, what is given. (An index that is
-        sharded on an `Explicit` mesh cannot be used to index.)"""
-        if self.group is None:
-            return rows
-        own = self._is_own(rows.ndim)
-        return jnp.sum(jnp.where(own, rows, jnp.zeros_like(rows)), 0, dtype=rows.dtype)
+            return entries
+        own = jnp.where(self._is_own(entries.ndim), entries, jnp.zeros_like(entries))
+        return jnp.sum(own, 0, dtype=entries.dtype)
 
 
 ALONE = Members()
@@ -101,8 +100,8 @@ ALONE = Members()
 def _index_along(name: Hashable, x: Array) -> Array:
     """The member's index along a vmapped axis, on the mesh that `x` is on.
 
-    Without `jax.set_mesh` JAX puts an index on no mesh. But a `vmap` over an axis that is
-    split over devices on an `Explicit` mesh splits all that it batches.
+    A `vmap` over an axis that is split over devices of an `Explicit` mesh needs it there.
+    Without `jax.set_mesh` JAX puts an index on no mesh.
     """
     mesh = explicit_mesh(x)
     if mesh is None or jax.sharding.get_abstract_mesh().shape:
@@ -110,7 +109,7 @@ def _index_along(name: Hashable, x: Array) -> Array:
     return _index_on_mesh(name, mesh, x)
 
 
-# The type of `x` does not say which devices these are. Its data does, if kept.
+# `x` is not used, but kept: its data says which devices the mesh is of.
 @functools.partial(jax.jit, static_argnums=(0, 1), keep_unused=True)
 def _index_on_mesh(name: Hashable, mesh: AbstractMesh, x: Array) -> Array:
     sharding = NamedSharding(mesh, PartitionSpec())
@@ -152,7 +151,7 @@ def bound_members(
     size = math.prod(lax.axis_size(name) for name in names)
     if groups is None:
         return Members(size, mesh_names, 1, indices)
-    # There is one name.
+    # There is one name: `Check.groups` requires it.
     index = unvarying_index(indices[0]) if indices else lax.axis_index(names)
     group_of = np.empty(size, np.int32)
     for number, group in enumerate(groups):

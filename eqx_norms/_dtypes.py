@@ -25,7 +25,8 @@ def is_tiny(dtype: DTypeLike | Array) -> bool:
 
 
 def promote(*dtypes: DTypeLike | Array) -> np.dtype:
-    """The dtype to compute in; in the place of what JAX cannot promote, float32."""
+    """What these promote to by JAX's rules. One that JAX cannot promote counts as
+    float32."""
     # The promotion here is this library's contract, not an accident of the caller's:
     # `jax_numpy_dtype_promotion="strict"` must not forbid it.
     with jax.numpy_dtype_promotion("standard"):

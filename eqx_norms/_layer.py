@@ -1,4 +1,5 @@
-"""What the layers have in common: fields, checks, and the call of all but `BatchNorm`."""
+"""The base classes of the five norms of inputs: fields, checks, and the call of all but
+`BatchNorm`."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -82,13 +83,13 @@ def _init(
 
 
 class AbstractNorm(AnswersNames, eqx.Module):
-    """What `BatchNorm`, `LayerNorm`, `RMSNorm`, `GroupNorm` and `InstanceNorm` are derived
-    from, to tell them from other layers: scale, bias, and the settings that each has. A
-    norm of your own that is derived from it needs a `__call__`, and these fields, which
-    `super().__init__` sets.
+    """The base class of `BatchNorm`, `LayerNorm`, `RMSNorm`, `GroupNorm` and
+    `InstanceNorm`: scale, bias, and the settings that they share. `isinstance` tells them
+    from other layers by it. A norm of your own that is derived from it needs a `__call__`,
+    and these fields, which `super().__init__` sets.
 
-    [`eqx_norms.WeightNorm`][] and [`eqx_norms.SpectralNorm`][] are none of these: in them
-    are the weights of other layers.
+    [`eqx_norms.WeightNorm`][] and [`eqx_norms.SpectralNorm`][] are not derived from it:
+    each wraps another layer, and normalises its weights.
 
     !!! example
 
@@ -115,8 +116,8 @@ class AbstractNorm(AnswersNames, eqx.Module):
     )
     use_fast_variance: bool = eqx.field(static=True, default=True, kw_only=True)
 
-    # The argument, and field, that says along which axes the features are; and those that
-    # change with it, which errors name too.
+    # The argument, and field, that says along which axes the features are; then those that
+    # must change with it. Errors name them all.
     _axes_arguments: ClassVar[tuple[str, ...]] = ("feature_axes",)
     _subtract_mean: ClassVar[bool] = True
     # What to do where no axis is left to take statistics over.
@@ -179,7 +180,7 @@ class AbstractNorm(AnswersNames, eqx.Module):
         return as_tuple(self.num_features) if self.axis_name is None else None
 
     def _reduction(self, shape: Shape, feature_axes: tuple[int, ...]) -> Reduction:
-        """What the statistics of an input of this shape are over."""
+        """The axes that statistics of an input of this shape are taken over."""
         raise NotImplementedError  # A norm of a user's own may do without.
 
     def _prepare(
@@ -193,9 +194,9 @@ class AbstractNorm(AnswersNames, eqx.Module):
         given: Statistics | None = None,
         allow_one_position: bool = False,
     ) -> tuple[Settings, Inputs]:
-        """Checks the arrays of a call. Returns what `compute` takes. `features` is the
-        feature shape that is required, `None` if any will do. `allow_one_position` says
-        that statistics of one position each are not refused."""
+        """As `prepare`, with the layer's settings. `features` is the feature shape that is
+        required, `None` if any will do. `allow_one_position` says that statistics of one
+        position each are not refused."""
         check, argument = self._check, self._axes_arguments[0]
         x = check.array(x, "x")
         axes = check.axes_in(x.ndim, as_tuple(getattr(self, argument)), argument)
@@ -285,7 +286,7 @@ class AbstractExampleNorm(AbstractNorm):
         del key
         check_optional_state(state, check=self._check)
         with jax.named_scope(f"eqx_norms.{type(self).__name__}"):
-            y, _ = compute(*self._prepare(x, mask, scale, bias, self._features()))
+            y = compute(*self._prepare(x, mask, scale, bias, self._features()))
         return y if state is None else (y, state)
 
 

@@ -75,9 +75,9 @@ def answers_names(function: Callable[P, T]) -> Callable[P, T]:
 
 
 class AnswersNames:
-    """A layer that checks arguments in its own name, and answers names from elsewhere where
-    it is made and called. (What reads the source, as type checkers do, finds the methods
-    as they are written.)"""
+    """A layer that checks its arguments. Where it is made or called with an argument's name
+    in another library, its error says the name here: `__init__` and `__call__` are wrapped.
+    (Type checkers, which read the source, see them as they are written.)"""
 
     @property
     def _check(self) -> Check:

@@ -1,29 +1,32 @@
 r"""`(x - mean) / sqrt(var + epsilon) * scale + bias`, and its derivatives.
 
-With `d = (x - shift) - offset`, where `mean = shift + offset`, with
-`inv = 1 / sqrt(var + epsilon)` and `z = d * inv` it is `z * scale + bias`. Its derivative
-`dy`, for tangents `dx`, `dscale`, `dbias` and the statistics of `x` itself:
+With `mean = shift + offset`, and E the mean over what counts, of all members:
 
-- The mean is linear in `x`, so `dmean = a` with `a = E[dx]`.
-- The variance is E|x - mean|^2, so `dvar = 2 e` with `e = E[d dx]`. (`dmean` does not
-  matter there, since E[d] = 0.)
-- `d(1 / sqrt(v)) = -dv / (2 v^(3/2))`, so `dinv = -k` with `k = e * inv^3`.
-- Together `dz = (dx - a) * inv + d * dinv = dx * inv - m - d * k` with `m = a * inv`.
-- `dy = dz * scale + z * dscale + dbias`.
+    c = (x - shift) - offset
+    inv = 1 / sqrt(var + epsilon)
+    z = c * inv
+    y = z * scale + bias
 
-For complex `x` it is `e = E[Re(conj(d) dx)]`. Where the statistics are given, as in
-evaluation, `a` and `e` are `dmean` and `dvar / 2`.
+The derivative `dy`, for tangents `dx`, `dscale` and `dbias`; the shift is a constant:
 
-`m` and `k` are small, and formed first. So are, where `inv * scale` has the shape of `inv`,
-that and the factor of `d`:
+    dmean = E[dx]                    zero if no mean is subtracted
+    dc = dx - dmean
+    dvar = 2 E[Re(conj(c) * dx)]     without dmean, since E[c] = 0
+    dinv = -k,                       k = dvar / 2 * inv^3
+    dz = dc * inv + c * dinv
+       = dx * inv - m - c * k,       m = dmean * inv
+    dy = dz * scale + z * dscale + dbias
 
-    dy = dx * (inv * scale) + d * (inv * dscale - k * scale) + (dbias - m * scale).
+If statistics are given, `dmean` and `dvar` are their tangents. `m` and `k` have the shape
+of a statistic, and are formed first. If `inv * scale` has that shape too, so do all factors
+of `dx` and `c`:
+
+    dy = dx * (inv * scale) + c * (inv * dscale - k * scale) + (dbias - m * scale)
 
 The tangent is a linear function of `dx`, `dscale` and `dbias`. It computes the rest anew
 from `x`, the mask, the scale and the statistics; `jax.checkpoint` keeps these alone for the
-backward pass (and what says who the members are). JAX transposes the function when the time
-comes: that gives reverse mode, where `jax.custom_vjp` would give up forward mode and second
-derivatives.
+backward pass (and the member's index along named axes). JAX transposes the function when
+the time comes. That gives reverse mode; `jax.custom_vjp` would rule out forward mode.
 """
 
 import functools
@@ -49,22 +52,24 @@ from ._statistics import (
     counted,
     means,
     real_product,
+    spread,
     statistics,
 )
 from ._types import AnyArray, Axes, AxisIndexGroups, AxisName, DTypeLike, Groups, Names
 
 
 def _inverse(settings: Settings, stats: Statistics, dtype: np.dtype) -> Array:
-    """Returns `inv`, which is zero where nothing was counted. `dtype` is what is computed
-    in; given statistics may be of another width."""
+    """Returns `inv`, with the shape of a statistic. It is zero where nothing was counted;
+    and, without epsilon, where rounding explains the variance. `dtype` is what is computed
+    in: given statistics may be of another one."""
     v = stats.var.astype(real_dtype(dtype)) + settings.epsilon
     limits = jnp.finfo(v.dtype)
     if settings.epsilon > limits.tiny:
         inv = jax.lax.rsqrt(v)
     else:
-        # A deviation that rounding explains counts as zero: that of a mean that is given,
-        # or up to 8 of them where the mean was computed, if it is no more than an eighth of
-        # the offset as well: of values that are equal, the rounding of the sums is left.
+        # A deviation no larger than rounding can explain counts as zero. A mean that is
+        # given explains one rounding of itself. One that was computed explains 8, but at
+        # most an eighth of the offset: so much do the sums of equal values leave.
         explained = jnp.zeros_like(v)
         if stats.shift is not None:
             explained = float(limits.eps) * jnp.abs(stats.shift).astype(v.dtype)
@@ -75,26 +80,20 @@ def _inverse(settings: Settings, stats: Statistics, dtype: np.dtype) -> Array:
     return inv if stats.positions is None else jnp.where(stats.positions > 0, inv, 0)
 
 
-def _spread(settings: Settings, inputs: Inputs, statistic: Array) -> Array:
-    """That of this member's group, laid out against `x`."""
-    own = inputs.members.own_group(statistic)
-    return cast(settings.reduction.spread(own, inputs.x), settings.wide(inputs.x))
-
-
 def _deviation(
     settings: Settings, inputs: Inputs, stats: Statistics
 ) -> tuple[Array, Array, Array | None]:
-    """Returns `d = (x - shift) - offset`, `inv` and, with a mask, a boolean array `valid`.
-    `valid` is `False` where the mask excludes a position and `d * inv` would not be finite;
-    `d` is there that of zero."""
+    """Returns `c = (x - shift) - offset`, `inv` laid out against it and, with a mask, a
+    boolean array `valid`: `False` where the mask excludes a position and `c * inv` would
+    not be finite. There `c` is computed from zero in the place of `x`."""
     x = inputs.x.astype(settings.wide(inputs.x))
-    inv = _spread(settings, inputs, _inverse(settings, stats, x.dtype))
+    inv = spread(settings, inputs, _inverse(settings, stats, x.dtype))
     parts = (part for part in (stats.shift, stats.offset) if part is not None)
-    mean = [_spread(settings, inputs, part) for part in parts]
-    d = functools.reduce(operator.sub, mean, x)
+    mean = [spread(settings, inputs, part) for part in parts]
+    c = functools.reduce(operator.sub, mean, x)
     if inputs.mask is None:
-        return d, inv, None
-    valid = inputs.mask | jnp.isfinite(d * inv)
+        return c, inv, None
+    valid = inputs.mask | jnp.isfinite(c * inv)
     return functools.reduce(operator.sub, mean, jnp.where(valid, x, 0)), inv, valid
 
 
@@ -117,26 +116,27 @@ def _keeps_shape(scale: Array | None, inv: Array) -> bool:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _formula(settings: Settings, inputs: Inputs) -> tuple[Array, Statistics]:
-    """The result, and the statistics that it was normalised with."""
+    """The result, and the statistics that `x` was normalised with."""
     wide = settings.wide(inputs.x)
     stats = statistics(settings, inputs) if inputs.given is None else inputs.given
-    d, inv, _ = _deviation(settings, inputs, stats)
+    c, inv, _ = _deviation(settings, inputs, stats)
     scale = _total(inputs.scale, wide, settings.scale_offset)
     bias = _total(inputs.bias, wide)
     if _keeps_shape(scale, inv):
-        y = d * (inv if scale is None else inv * scale)
+        y = c * (inv if scale is None else inv * scale)
     else:
-        y = d * inv * scale
+        y = c * inv * scale
     return (y if bias is None else y + bias).astype(settings.dtype), stats
 
 
 def _tangent(
-    settings: Settings, kept: Inputs, stats: Statistics, dx: Any, tangents: Any
+    settings: Settings, kept: Inputs, stats: Statistics, tangents: Any
 ) -> tuple[Array, Statistics]:
-    """The derivative of `_formula`. `dx` is `None` where it is zero."""
+    """The derivative of `_formula`, for the `tangents` of `Inputs`; that of `x` is `None`
+    where it is zero."""
     wide = settings.wide(kept.x)
     # With other statistics, as far as XLA knows, than those of the forward pass: so it
-    # computes `d` and `z` anew, and does not keep them in the place of `x`. Without any
+    # computes `c` and `z` anew, and does not keep them in the place of `x`. Without any
     # barrier, unrolled blocks with RMSNorm took 9 percent more memory, and a vision
     # transformer in float32 read and wrote 2 percent more. With a barrier around `x` and
     # the cotangent too, as `prevent_cse=True` has it, XLA writes an `x` to memory that it
@@ -144,89 +144,106 @@ def _tangent(
     # took 9 percent more memory. (Compiled for an H200: `tests/benchmarks/models.py`,
     # `compiled.py`. For a TPU v5e unrolled blocks are 4 to 6 percent faster so.)
     stats = jax.lax.optimization_barrier(stats)
-    d, inv, valid = _deviation(settings, kept, stats)
-    z, scale = d * inv, _total(kept.scale, wide, settings.scale_offset)
+    c, inv, valid = _deviation(settings, kept, stats)
+    scale = _total(kept.scale, wide, settings.scale_offset)
     dscale, dbias = (_total(t, wide) for t in (tangents.scale, tangents.bias))
-    dx = None if dx is None else dx.astype(wide)
 
+    dx, m, k = 0, 0, 0
     dstats = jax.tree.map(jnp.zeros_like, stats)
     if tangents.given is not None:
         dstats = jax.tree.map(jnp.add, dstats, tangents.given)
-    elif dx is not None:
-        t = counted(kept.mask, dx)
-        products = real_product(d, t)
+    elif tangents.x is not None:
+        t = counted(kept.mask, tangents.x.astype(wide))
+        products = real_product(c, t)
         values = (t, products) if settings.subtract_mean else (products,)
         averages, _ = means(settings, kept, *values, positions=stats.positions)
-        a, e = averages if settings.subtract_mean else (None, *averages)
-        # What the mean changes by is the offset's, all of it: the shift may be anything.
-        dstats = dstats._replace(offset=a, var=2 * e)
-    m = k = None
-    if tangents.given is not None or dx is not None:
+        dmean, half = averages if settings.subtract_mean else (None, *averages)
+        # All of the mean's change is the offset's, since the shift is a constant.
+        dstats = dstats._replace(offset=dmean, var=2 * half)
+    if tangents.x is not None:
+        dx = counted(valid, tangents.x.astype(wide))
+    if tangents.given is not None or tangents.x is not None:
         inverse = _inverse(settings, stats, wide)
         if dstats.mean is not None:
-            m = cast(dstats.mean, wide) * inverse.astype(wide)
-        k = dstats.var.astype(inverse.dtype) / 2 * inverse * inverse * inverse
-    m, k = (0 if t is None else _spread(settings, kept, t) for t in (m, k))
+            m = spread(settings, kept, cast(dstats.mean, wide) * inverse.astype(wide))
+        half = dstats.var.astype(inverse.dtype) / 2
+        k = spread(settings, kept, half * inverse * inverse * inverse)
 
-    dx = 0 if dx is None else counted(valid, dx)
     dscale, dbias = (0 if t is None else t for t in (dscale, dbias))
     if _keeps_shape(scale, inv):
-        factor = 1 if scale is None else scale
-        dy = dx * (inv * factor) + d * (inv * dscale - k * factor) + (dbias - m * factor)
+        scale = 1 if scale is None else scale
+        dy = dx * (inv * scale) + c * (inv * dscale - k * scale) + (dbias - m * scale)
     else:
-        dy = (dx * inv - m - d * k) * scale + z * dscale + dbias
-    return jnp.broadcast_to(dy, z.shape).astype(settings.dtype), dstats
+        dy = (dx * inv - m - c * k) * scale + c * inv * dscale + dbias
+    return jnp.broadcast_to(dy, c.shape).astype(settings.dtype), dstats
 
 
 def _rule(settings, primals, tangents):
     (inputs,), (tangents,) = primals, tangents
-    # The statistics are kept for the backward pass, and so are results. For rows the shift
+    # The statistics are kept for the backward pass, so they are outputs. For rows the shift
     # is then that of a few entries, and `y` may differ by a rounding from that of a call
     # without derivative.
     y, stats = _formula(settings._replace(returns_statistics=True), inputs)
-    dx = None if isinstance(tangents.x, SymbolicZero) else tangents.x
-    # A scalar stands for a tangent that is zero: it takes no memory.
-    tangents = jax.tree.map(
+    x = None if isinstance(tangents.x, SymbolicZero) else tangents.x
+    # A scalar stands for any other tangent that is zero: it takes no memory.
+    others = jax.tree.map(
         lambda t: jnp.zeros((), t.dtype) if isinstance(t, SymbolicZero) else t,  # pyright: ignore
         tangents._replace(x=None, mask=None, members=None),
     )
     kept = inputs._replace(bias=(), given=None)
     tangent = functools.partial(_tangent, settings)
     linear = jax.checkpoint(tangent, prevent_cse=False)
-    return (y, stats), linear(kept, stats, dx, tangents)
+    return (y, stats), linear(kept, stats, others._replace(x=x))
 
 
 _formula.defjvp(_rule, symbolic_zeros=True)
 
 
+def _lay_out(inputs: Inputs, feature_axes: tuple[int, ...]) -> Inputs:
+    """Mask, scale and bias, laid out so that they broadcast to `x` axis by axis, and given
+    statistics in the order of the input's axes."""
+    x = inputs.x
+
+    def along_features(array):
+        if array.shape != feature_shape(x.shape, feature_axes):
+            return to_rank(array, x.ndim)
+        array = to_input_order(array, feature_axes)
+        return jnp.expand_dims(array, other_axes(feature_axes, x.ndim))
+
+    given = inputs.given
+    if feature_axes:
+        given = jax.tree.map(lambda array: to_input_order(array, feature_axes), given)
+    return inputs._replace(
+        mask=None if inputs.mask is None else to_rank(inputs.mask, x.ndim),
+        scale=jax.tree.map(along_features, inputs.scale),
+        bias=jax.tree.map(along_features, inputs.bias),
+        given=given,
+    )
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def compute(settings: Settings, inputs: Inputs) -> tuple[Array, Statistics]:
-    """Normalises with the statistics of `x`, or with those given, and returns them too.
+def compute(settings: Settings, inputs: Inputs) -> Array:
+    """Normalises with the statistics of `x`, or with those given.
 
     The mask broadcasts to `x`. So do scale and bias, unless they have the feature shape:
     then they lie along the feature axes. Given statistics have the feature shape; without
-    feature axes, that of a statistic. All of it is one `jax.jit`: a call outside of any
-    other is one dispatch, and layers that are alike are traced once.
+    feature axes, that of a statistic. All of it is one `jax.jit`: a call outside of
+    `jax.jit` is one dispatch, and layers that are alike are traced once.
     """
-    x, axes = inputs.x, settings.feature_axes
+    return _formula(settings, _lay_out(inputs, settings.feature_axes))[0]
 
-    def lay_out(array):
-        if array.shape == feature_shape(x.shape, axes):
-            return jnp.expand_dims(to_input_order(array, axes), other_axes(axes, x.ndim))
-        return to_rank(array, x.ndim)
 
-    mask = None if inputs.mask is None else to_rank(inputs.mask, x.ndim)
-    scale, bias = jax.tree.map(lay_out, (inputs.scale, inputs.bias))
-    given = inputs.given
-    if axes:
-        given = jax.tree.map(lambda array: to_input_order(array, axes), given)
-    return _formula(settings, Inputs(x, mask, scale, bias, given, inputs.members))
+@functools.partial(jax.jit, static_argnums=0)
+def compute_both(settings: Settings, inputs: Inputs) -> tuple[Array, Statistics]:
+    """The same, and the statistics."""
+    settings = settings._replace(returns_statistics=True)
+    return _formula(settings, _lay_out(inputs, settings.feature_axes))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _only_statistics(settings: Settings, inputs: Inputs) -> Statistics:
     # Compilers leave out what nobody reads.
-    return compute(settings, inputs)[1]
+    return compute_both(settings, inputs)[1]
 
 
 def prepare(
@@ -235,8 +252,8 @@ def prepare(
     *,
     check: Check,
     mask: Any,
-    scale: tuple[Any, ...] = (),
-    bias: tuple[Any, ...] = (),
+    scale: tuple[Any, ...] = (None,),
+    bias: tuple[Any, ...] = (None,),
     feature_axes: tuple[int, ...] = (),
     given: Statistics | None = None,
     dtype: ResultDType,
@@ -251,19 +268,18 @@ def prepare(
 ) -> tuple[Settings, Inputs]:
     """Checks the arrays of a call. Returns what `compute` takes.
 
-    Of the scales and biases the last is that of the call, and what is before it the
-    layer's own. `remedy` says what to do where there is nothing to take statistics over;
-    `one_position` where they are of one each, if that is refused.
+    The last scale and the last bias are those of the call; one before them is the layer's
+    own. Errors end with `remedy` if there is nothing to take statistics over, and with
+    `one_position` if each would be of one position; empty, it allows that.
     """
     (mask,) = check.arrays("mask", mask)
     reduced = reduction.all_axes
     check.mask(mask, x, reduced, feature_axes)
     scale, bias = check.arrays("scale", *scale), check.arrays("bias", *bias)
     features = feature_shape(x.shape, feature_axes)
-    for argument, terms in (("scale", scale[-1:]), ("bias", bias[-1:])):
-        for term in terms:
-            if term is not None and term.shape != features:
-                check.broadcasts(term, x, argument)
+    for argument, term in (("scale", scale[-1]), ("bias", bias[-1])):
+        if term is not None and term.shape != features:
+            check.broadcasts(term, x, argument)
     members = ALONE
     if given is None:
         if not reduced and names is None:
@@ -359,7 +375,7 @@ def _prepare_function(
     var: Any = None,
     **others: Any,
 ) -> tuple[Settings, Inputs]:
-    """As `prepare`, for a function, which is given all at once."""
+    """Checks the arguments of a public function, then prepares as `prepare` does."""
     x = check.array(x, "x")
     axes = check.axes_in(x.ndim, check.axes(axes, "axes"), "axes")
     names = check.names(axis_name)
@@ -453,8 +469,8 @@ def standardize(
         x, scale, bias = jnp.ones((2, 5, 16)), jnp.zeros((2, 1, 16)), jnp.zeros((2, 1, 16))
         y = en.standardize(x, scale=scale, scale_offset=1.0, bias=bias)
 
-        # A batch norm, and the same with moments that were kept of a batch: but for the
-        # mean, which then is one number, with the rounding that it has.
+        # A batch norm, and the same with stored moments. A stored mean is one number, and
+        # rounded.
         y, moments = en.standardize(x, (0, 1), return_moments=True)
         y = en.standardize(x, (0, 1), mean=moments.mean, var=moments.var)
         ```
@@ -522,13 +538,13 @@ def standardize(
         use_fast_variance=check.flag(use_fast_variance, "use_fast_variance"),
     )
     if not return_moments:
-        return compute(settings, inputs)[0]
+        return compute(settings, inputs)
     if inputs.given is not None:
         raise check.error(
             "`return_moments` is for the moments of `x`, got `mean` and `var` to use in "
             "their place. Leave it out; `eqx_norms.moments` has those of `x`."
         )
-    y, found = compute(settings._replace(returns_statistics=True), inputs)
+    y, found = compute_both(settings, inputs)
     return y, _as_moments(settings, inputs, found)
 
 
@@ -581,5 +597,4 @@ def moments(
         dtype="input",
         epsilon=1e-6,  # On which no moment depends.
     )
-    settings = settings._replace(returns_statistics=True)
     return _as_moments(settings, inputs, _only_statistics(settings, inputs))

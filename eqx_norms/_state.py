@@ -44,8 +44,8 @@ def _check_state(state: Any, *, check: Check) -> None:
 
 
 def check_optional_state(state: Any, *, check: Check) -> None:
-    """For a layer that hands on the state it is given, whatever that is, if any. But an
-    array is none: it was meant for another argument."""
+    """For a layer that hands on the state it is given, whatever that is, if any. An array
+    is refused: it was meant for another argument."""
     if eqx.is_array_like(state):
         raise check.error(
             "the second argument must be the model's `equinox.nn.State`, or `None`, got "

@@ -1,27 +1,29 @@
-"""Mean and variance of an input, over axes, blocks of features, masks and members.
+"""Mean and variance of an input, over axes or blocks of features, of what a mask counts,
+across members.
 
 The variance is not computed as E|x|^2 - |E[x]|^2: where the mean is a few thousand
 deviations away from zero, rounding leaves nothing of that difference. First a shift near
-the mean is subtracted. With both sums in one reading of `x`,
+the mean is subtracted. Two sums, in one reading of `x`, then give
 
     offset = E[x - shift],  var = E|x - shift|^2 - |offset|^2,  mean = shift + offset.
 
 The difference multiplies the rounding error of the variance by about
 1 + |offset|^2 / var (Chan, Golub and LeVeque, "Algorithms for computing the sample
-variance", The American Statistician 37, 1983). The result is written with
+variance", The American Statistician 37, 1983). The result is computed from
 (x - shift) - offset. There x - shift is exact where `x` is near the shift, while the sum of
-shift and offset is rounded: by 1e-3 at a mean of 1e4.
+shift and offset is rounded: by up to 5e-4 at a mean of 1e4.
 
 The shift is one of two:
 
 - The mean of a few entries of `x`. This reads `x` once. One of n entries is at most
-  sqrt(n) deviations away from their mean, and one or two as a rule. Along each axis it is
-  one entry: the first where the examples are, as a slice there stays on the first device;
-  else the middle one, as padding and first tokens, often outliers, are at the ends. Along
-  the last axis it is up to eight, from that one on: one feature may be an outlier in every
-  example.
-- The mean of all, rounded. This reads `x` twice, but for rows that are not differentiated:
-  a GPU then reads them once, in the kernel that also writes the result.
+  sqrt(n) deviations away from their mean, and one or two as a rule. Along the axis of the
+  examples it is the first entry, since that slice is on the first device. Along any other
+  axis it is the middle one: padding and first tokens, often outliers, are at the ends.
+  Along the last axis it is up to eight, from that one on: one feature may be an outlier in
+  every example.
+- The mean of all, rounded. This reads `x` twice, but for statistics over the last axis
+  alone that are no output: a GPU then reads `x` once, in the kernel that also writes the
+  result.
 """
 
 import math
@@ -34,7 +36,7 @@ from jax.core import min_dim
 from jaxtyping import Array
 
 from ._collectives import ALONE, Members
-from ._dtypes import promote, real_dtype
+from ._dtypes import cast, promote, real_dtype
 from ._sharding import is_sharded, unshard
 from ._types import Shape, Size
 
@@ -42,11 +44,12 @@ from ._types import Shape, Size
 class Reduction(NamedTuple):
     """What a statistic is over: some axes and, with `blocks = (axis, number)`, each of
     `number` contiguous blocks of equal length along one more axis. `example_axis` is the
-    axis along which the examples of a batch are; `None` if that is not known.
+    axis along which the examples of a batch are, if it is among `axes`.
 
     A statistic has the axes of the input but for `axes`, which are dropped; along the axis
     of the blocks it has `number` entries. (If `axes` were kept with size 1, XLA would split
-    the statistic over devices as it splits the input there, and gather it at each step.)
+    the statistic over devices as it splits the input there, and gather it at each training
+    step.)
     """
 
     axes: tuple[int, ...]
@@ -63,7 +66,7 @@ class Reduction(NamedTuple):
         return jnp.squeeze(jnp.sum(x.reshape(split), axis + 1, dtype=x.dtype), self.axes)
 
     def size(self, shape: Shape) -> Size:
-        """How many positions of an input of this shape one statistic is over."""
+        """The number of positions that one statistic of an input of this shape covers."""
         size = math.prod(shape[axis] for axis in self.axes)
         if self.blocks is not None:
             axis, number = self.blocks
@@ -84,17 +87,14 @@ class Reduction(NamedTuple):
         axis, number = self.blocks
         return jnp.repeat(statistic, x.shape[axis] // number, axis)
 
-    def a_few(self, x: Array, vmapped: bool) -> Array:
-        """Slices `x`, along each of `axes`, to the entries whose mean is the shift.
-        `vmapped` says that some members are along a vmapped axis, where the first is
-        taken: then the example axis is one like others."""
-        example_axis = None if vmapped else self.example_axis
-        # Axis 0 last: if it is split over devices, they exchange what the others left.
+    def a_few(self, x: Array) -> Array:
+        """Slices `x`, along each of `axes`, to the entries whose mean is the shift."""
+        # Axis 0 last: if it is split, devices exchange only what the other slices left.
         for axis in sorted(self.axes, reverse=True):
             n = x.shape[axis]
-            start = 0 if axis == example_axis else n // 2
-            # Not four on each side of the middle: where the axis is split over devices,
-            # that of one may end there, and XLA would send nearly all of it.
+            start = 0 if axis == self.example_axis else n // 2
+            # Not four on each side of the middle: where the axis is split over devices, the
+            # part of one may end there, and XLA would send nearly all of it.
             size = min_dim(n - start, 8) if axis == x.ndim - 1 else 1
             x = lax.slice_in_dim(x, start, start + size, axis=axis)
         return x
@@ -103,18 +103,13 @@ class Reduction(NamedTuple):
     def all_axes(self) -> tuple[int, ...]:
         return self.axes if self.blocks is None else (*self.axes, self.blocks[0])
 
-    def over_last_axis(self, x: Array) -> bool:
-        """Whether a statistic is over the last axis of `x` alone."""
-        return self.axes == (x.ndim - 1,) and self.blocks is None
-
 
 class Statistics(NamedTuple):
     """The statistics of an input, shaped as `Reduction` says. With groups of members they
-    have a leading axis: a row for each group.
+    have a leading axis, with one entry for each group.
 
-    - `shift`, `offset`: the mean is their sum. Both are subtracted one after the other:
-        `x - shift` is exact where `x` is near the shift, and a mean that is rounded is not.
-        The offset is `None` where the mean is given; both are where none is subtracted.
+    - `shift`, `offset`: the mean is their sum. They are subtracted one after the other. The
+        offset is `None` if the mean was given; both are `None` if no mean is subtracted.
     - `var`: the variance; the mean square where no mean is subtracted.
     - `positions`: how many were counted; `None` if all were.
     """
@@ -141,11 +136,11 @@ class Settings(NamedTuple):
     scale_offset: float = 0.0
     subtract_mean: bool = True
     use_fast_variance: bool = True
-    # Whether the statistics are results too, as they are under differentiation.
+    # Whether the statistics are outputs of the program, as they are under differentiation.
     returns_statistics: bool = False
 
     def wide(self, x: Array) -> np.dtype:
-        """What to compute in, for a result of `dtype`."""
+        """The dtype to compute in, for a result of `dtype`."""
         return promote(x.dtype, self.dtype, jnp.float32)
 
 
@@ -157,7 +152,7 @@ class Inputs(NamedTuple):
     mask: Array | None = None
     scale: tuple[Array | None, ...] = ()
     bias: tuple[Array | None, ...] = ()
-    # If there are any, used instead of those of `x`.
+    # Statistics to use in the place of those of `x`.
     given: Statistics | None = None
     members: Members = ALONE
 
@@ -174,7 +169,15 @@ def abs_square(x: Array) -> Array:
 
 
 def counted(mask: Array | None, x: Array) -> Array:
+    """Zeros where the mask is `False`."""
     return x if mask is None else jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def spread(settings: Settings, inputs: Inputs, statistic: Array) -> Array:
+    """The statistic of this member's group, laid out against `x`, in the dtype that is
+    computed in."""
+    own = inputs.members.own_group(statistic)
+    return cast(settings.reduction.spread(own, inputs.x), settings.wide(inputs.x))
 
 
 def means(
@@ -200,7 +203,7 @@ def means(
 def _shortened(array: Array) -> Array:
     """Rounds to one bit less than the dtype has.
 
-    A mean is a product at last, the sum times 1 / size. Where compilers fuse this with
+    A mean is a product in the end, the sum times 1 / size. Where compilers fuse this with
     `x - mean` in several kernels, they may round the product in some of these and not in
     others. The means then differ by a rounding. An operation on bits between the two
     prevents it.
@@ -214,41 +217,46 @@ def _shortened(array: Array) -> Array:
 def _few_suffice(settings: Settings, inputs: Inputs) -> bool:
     """Whether the shift is the mean of a few entries of `x`, and not of all."""
     x, reduction, members = inputs.x, settings.reduction, inputs.members
-    # A mask may exclude these few. Along a split axis an Explicit mesh has no slice.
+    # A mask may exclude these few.
     if not settings.use_fast_variance or inputs.mask is not None:
         return False
+    # JAX does not slice along a split axis of an Explicit mesh.
     if is_sharded(x, reduction.axes):
         return False
-    # Of rows whose statistics are no output of the program, XLA makes one GPU kernel of the
-    # sum for the mean, the two sums about it, and the result: it reads `x` once.
-    if reduction.over_last_axis(x) and not (
-        members.mesh_names or settings.returns_statistics
-    ):
+    # XLA fuses the sum for the mean, the two sums about it, and the result into one GPU
+    # kernel, which reads `x` once, if all are over the last axis and no statistic is an
+    # output.
+    over_last_axis = reduction.axes == (x.ndim - 1,) and reduction.blocks is None
+    if over_last_axis and not (members.mesh_names or settings.returns_statistics):
         return False
-    # There must be something to slice: a reduced axis, or members along a vmapped one. (Of
-    # groups of members all are needed.)
+    # There must be something to slice: a reduced axis, or members along a vmapped one.
+    # (With groups, each member is needed.)
     return bool(reduction.axes or (members.indices and members.group is None))
 
 
 def _shift(settings: Settings, inputs: Inputs, wide: Array) -> tuple[Array, Array | None]:
-    """Something near the mean, and how many positions were counted, if they were."""
+    """A number near each mean, and how many positions were counted; `None` if all were."""
     if not _few_suffice(settings, inputs):
         (mean,), positions = means(settings, inputs, counted(inputs.mask, wide))
         return _shortened(mean), positions
     # The slice comes before the cast: else compilers may write all of the cast `x`.
-    # Without the barrier a TPU's compiler duplicates the shift, as it is and broadcast
-    # to `x`, and runs an all-reduce for each.
-    vmapped = bool(inputs.members.indices)
-    few, members = inputs.members.first(settings.reduction.a_few(inputs.x, vmapped))
-    size = settings.reduction.size(few.shape) * members.size
+    reduction = settings.reduction
+    # Where the examples are along a vmapped axis, axis 0 of `x` is one like the others.
+    if inputs.members.indices:
+        reduction = reduction._replace(example_axis=None)
+    few, members = inputs.members.first(reduction.a_few(inputs.x))
+    size = reduction.size(few.shape) * members.size
     # Divided first: a GPU would need a kernel to divide the sum.
-    (mean,) = members.sum(settings.reduction.sum(few.astype(wide.dtype) / size))
-    return lax.optimization_barrier(mean), None
+    (shift,) = members.sum(reduction.sum(few.astype(wide.dtype) / size))
+    # Without the barrier a TPU's compiler duplicates the shift, as it is and broadcast to
+    # `x`, and runs an all-reduce for each.
+    return lax.optimization_barrier(shift), None
 
 
 def statistics(settings: Settings, inputs: Inputs) -> Statistics:
     """The statistics of `x` over all members, in the dtype that is computed in."""
-    x, reduction, members = inputs.x, settings.reduction, inputs.members
+    x = inputs.x
+    # Where there is nothing, nothing counts: no division of zero by zero.
     if inputs.mask is None and x.size == 0:
         inputs = inputs._replace(mask=jnp.zeros(x.shape, bool))
     wide = x.astype(settings.wide(x))
@@ -257,12 +265,12 @@ def statistics(settings: Settings, inputs: Inputs) -> Statistics:
         (square,), positions = means(settings, inputs, square)
         return Statistics(None, None, square, positions)
     shift, positions = _shift(settings, inputs, wide)
-    shifted = counted(inputs.mask, wide - reduction.spread(members.own_group(shift), x))
+    shifted = counted(inputs.mask, wide - spread(settings, inputs, shift))
     (offset, square), _ = means(
         settings, inputs, shifted, abs_square(shifted), positions=positions
     )
-    # The difference of square and |offset|^2. XLA would square the sum in `offset` before
-    # it divides, which overflows sooner. Squares that overflow are infinite.
+    # square - |offset|^2, as a product: else XLA would square a sum before it is divided,
+    # which overflows sooner. If `square` overflows, the variance is infinite.
     root, away = jnp.sqrt(square), jnp.abs(offset)
     var = jnp.where(square < jnp.inf, jnp.maximum(root - away, 0) * (root + away), square)
     return Statistics(shift, offset, var, positions)

@@ -147,7 +147,7 @@ class WeightNorm(AbstractWrapper[Layer]):
             reduction, axes, dtype, self.epsilon / size, subtract_mean=False
         )
         inputs = Inputs(weight, scale=(length / math.sqrt(size),))
-        return compute(settings, inputs)[0]
+        return compute(settings, inputs)
 
     @jax.named_scope("eqx_norms.WeightNorm")
     def __call__(
