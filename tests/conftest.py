@@ -1,4 +1,6 @@
+import collections
 import functools
+import itertools
 
 import jax
 import pytest
@@ -36,7 +38,34 @@ def is_as_for_users(item):
     return item.module.__name__.rpartition(".")[2] in AS_FOR_USERS
 
 
+def digits(number, sizes):
+    """The indices, in lists of these sizes, of a row of their product."""
+    for size in sizes:
+        number, digit = divmod(number, size)
+        yield digit
+
+
+def pick(items):
+    """Of a test that is marked `every(n)` those combinations of its parameters whose
+    indices, each in its own list, add up to a multiple of n. Of three lists or more, all
+    pairs of values are then tested; of two, each value with one in n of the others."""
+    numbers = collections.defaultdict(itertools.count)
+    for item in items:
+        if marker := item.get_closest_marker("every"):
+            # The list of the decorator on top changes fastest.
+            lists = [mark.args[1] for mark in item.iter_markers("parametrize")]
+            number = next(numbers[item.parent, item.originalname])
+            if (
+                sum(digits(number, [len(values) for values in lists[::-1]]))
+                % marker.args[0]
+            ):
+                continue
+        yield item
+
+
+@pytest.hookimpl(tryfirst=True)  # Before `-k` chooses.
 def pytest_collection_modifyitems(items):
+    items[:] = pick(items)
     for item in items:
         if is_as_for_users(item):
             item.add_marker("as_for_users")

@@ -2,9 +2,8 @@
 
 import contextlib
 import functools
-import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -216,6 +215,9 @@ def over(*cases: Case) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
+# One in so many of the combinations of a test's parameters: `pick` in `conftest.py`.
+every = pytest.mark.every
+
 all_layers = over(*LAYERS)
 all_norms = over(*NORMS)
 # Where a battery gives the layers vectors, or the same axes to each.
@@ -235,16 +237,6 @@ def over_space(by: str, layer: Any, x: jax.Array, mask: jax.Array) -> jax.Array:
     spec = P(None, "space")
     run = jax.shard_map(one, mesh=make_mesh(space=4), in_specs=(spec, spec), out_specs=spec)
     return run(x, mask)
-
-
-def half(*choices: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """Every second combination, so that of any two choices all pairs are among them."""
-    indexed = itertools.product(*(enumerate(choice) for choice in choices))
-    return [
-        tuple(value for _, value in row)
-        for row in indexed
-        if sum(index for index, _ in row) % 2 == 0
-    ]
 
 
 def clone(tree: Any) -> Any:

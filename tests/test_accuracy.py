@@ -21,15 +21,7 @@ from .benchmarks.accuracy import (
     names,
     pytorch,
 )
-from .helpers import (
-    NORMS,
-    all_norms,
-    call,
-    clone,
-    normal,
-    over,
-    reference,
-)
+from .helpers import NORMS, all_norms, call, clone, every, normal, over, reference
 
 
 # The errors of a sum over columns, which XLA adds up row after row before jax 0.10.
@@ -99,6 +91,7 @@ def output_rounding(expected, dtype):
     return 0.5 * float(info.eps) * 2.0**exponent
 
 
+@every(2)
 @row_layers
 @modes
 @dtypes
@@ -139,6 +132,7 @@ def test_no_worse_than_pytorch(case, dtype, mode):
         ), name
 
 
+@every(2)
 @row_layers
 @modes
 @dtypes
@@ -175,6 +169,7 @@ def test_fast_variance_with_a_shift_far_from_the_mean(case):
         assert (np.abs(run(case, x, mode) - expected) <= allowed).all(), mode
 
 
+@every(2)
 @row_layers
 @modes
 @pytest.mark.parametrize("value", [0.0, 300.0])

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import eqx_norms as en
 
-from .helpers import NORMS, all_norms, call, make_mesh, normal, reference, step
+from .helpers import NORMS, all_norms, call, every, make_mesh, normal, reference, step
 
 
 forms = pytest.mark.parametrize("fast", [True, False], ids=["fast", "exact"])
@@ -106,6 +106,7 @@ MEANS = (0.0, 10.0, 1e3, 1e4, 1e6)
 BOUND = 1e-5
 
 
+@every(2)
 @forms
 @pytest.mark.parametrize("training", [False, True], ids=["output", "under vjp"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "mask"])
@@ -168,6 +169,7 @@ def test_outliers_among_the_features(kind, vmapped):
         assert np.abs(f(x) - wanted)[:, others].max() <= 5e-7, at
 
 
+@every(2)
 @forms
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "mask"])
 @all_ways

@@ -7,7 +7,7 @@ import pytest
 from eqx_norms._checks import Check
 from eqx_norms._layer import init_affine
 
-from .helpers import NORMS, all_norms, call, normal, over, randomize, reference
+from .helpers import NORMS, all_norms, call, every, normal, over, randomize, reference
 
 
 CHECK = Check("Layer")
@@ -150,6 +150,7 @@ GIVEN = {
 }
 
 
+@every(2)
 @all_norms
 @pytest.mark.parametrize("shape", GIVEN.values(), ids=GIVEN)
 @pytest.mark.parametrize("first", [False, True], ids=["features last", "features first"])

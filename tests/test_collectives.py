@@ -15,6 +15,7 @@ the layer as a block.
 """
 
 import functools as ft
+import itertools
 from dataclasses import dataclass
 
 import equinox as eqx
@@ -35,6 +36,7 @@ from .helpers import (
     bytes_kept,
     call,
     clone,
+    every,
     float64,
     make_mesh,
     normal,
@@ -65,12 +67,12 @@ all_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def kinds_and(*tables):
-    """Rows for BatchNorm, and in turn for the other two, which take one way in the code."""
+    """Rows for BatchNorm; one in three, in turn, for the other two too, which take one way
+    in the code."""
     rows = [row for table in tables for row in table]
-    return [
-        ("BatchNorm" if number == 0 else ("LayerNorm", "RMSNorm")[index % 2], *row)
-        for index, row in enumerate(rows)
-        for number in range(2)
+    others = itertools.cycle(("LayerNorm", "RMSNorm"))
+    return [("BatchNorm", *row) for row in rows] + [
+        (other, *row) for other, row in zip(others, rows[::3], strict=False)
     ]
 
 
@@ -719,6 +721,7 @@ def over_the_batch_too(case):
     return case.per_example or {"reduction_axes": (0, -1)}
 
 
+@every(2)
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("split", ["d", "m", None])
 @all_norms

@@ -13,7 +13,7 @@ import pytest
 import eqx_norms as en
 from eqx_norms import convert
 
-from .helpers import assert_close, float64, normal, randomize
+from .helpers import assert_close, every, float64, normal, randomize
 
 
 KEY = jax.random.key(0)
@@ -840,6 +840,7 @@ ALL = {**STATELESS, **STATEFUL}
 FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 
+@every(3)
 @pytest.mark.parametrize("x", FLOATS, ids=lambda d: jnp.dtype(d).name)
 @pytest.mark.parametrize("param", FLOATS, ids=lambda d: jnp.dtype(d).name)
 @pytest.mark.parametrize("name", [n for n in ALL if "conv" not in n and n != "ema"])

@@ -13,7 +13,7 @@ import pytest
 import eqx_norms as en
 from eqx_norms import convert
 
-from .helpers import as_pair
+from .helpers import as_pair, every
 from .test_convert_torch import close, data, shaken
 
 
@@ -87,7 +87,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
         {"dim": None},
     ),
 }
-every = pytest.mark.parametrize("case", CASES)
+all_cases = pytest.mark.parametrize("case", CASES)
 form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -112,8 +112,9 @@ def evaluate(layer: Any, state, x):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@every(2)
 @form
-@every
+@all_cases
 def test_module(case, form):
     """And its state dict, into a layer with other weights."""
     torch.manual_seed(0)

@@ -215,7 +215,7 @@ GROUPS = [[0, 3, 5, 6], [7, 4, 2, 1]]
     [
         (batched, {}),
         (eqx.filter_jit(batched), {}),
-        *((way, {"axis_name": "batch"}) for way in NAMED),
+        (with_vmap, {"axis_name": "batch"}),
         *((way, {"axis_name": "batch", "axis_index_groups": GROUPS}) for way in NAMED),
     ],
 )

@@ -9,9 +9,7 @@ from eqx_norms._checks import Check
 from eqx_norms._dtypes import promote, real_dtype
 
 from .helpers import (
-    LAYERS,
     NORMS,
-    WAYS,
     WRAPPERS,
     Norm,
     all_layers,
@@ -19,13 +17,14 @@ from .helpers import (
     assert_close,
     call,
     clone,
+    every,
     float64,
-    half,
     normal,
     over,
     raises,
     randomize,
     reference,
+    ways,
 )
 
 
@@ -156,11 +155,10 @@ def test_result_is_rounded_once(case, x, dtype, param_dtype, result):
     check(case, data(x), dtype, param_dtype, result)
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype", "param_dtype"),
-    half(NORMS, [*DTYPES, F32], [BF16, F32]),
-    ids=lambda value: getattr(value, "name", None) or np.dtype(value).name,
-)
+@every(2)
+@all_norms
+@pytest.mark.parametrize("dtype", [*DTYPES, F32], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("param_dtype", [BF16, F32], ids=lambda d: np.dtype(d).name)
 def test_as_the_input(case, dtype, param_dtype):
     """Whatever the parameters are, with those of the call too."""
     result = dtype if jnp.issubdtype(dtype, jnp.inexact) else F32
@@ -337,10 +335,12 @@ def tiny_case(case, tiny, **kwargs):
     return (place(weight), state, x), (place(weight.astype(jnp.float32)), state, x)
 
 
-@pytest.mark.parametrize(("case", "dtype", "way"), half(LAYERS, TINY, WAYS))
+@every(2)
+@all_layers
+@pytest.mark.parametrize("dtype", TINY)
+@ways
 def test_tiny_floats(case, dtype, way):
     """As the same values in float32; gradients have the dtype of what they are of."""
-    way = WAYS[way]
     tiny, wide = tiny_case(case, dtype, dtype=jnp.float32)
     pairs = zip(*map(jax.tree.leaves, (way(call)(*tiny), way(call)(*wide))), strict=True)
     for found, wanted in pairs:

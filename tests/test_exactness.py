@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import eqx_norms as en
 
-from .helpers import clone
+from .helpers import clone, every
 
 
 MEANS = (0.0, 30.0, -1e3, 1e4, 1e6)
@@ -188,11 +188,11 @@ def check(kind, run, masked):
 @kinds
 def test_one_device(kind, masked, fast):
     f = masked_call(build(kind, fast))
-    check(kind, evaluated(f), masked)
     check(kind, jax.jit(evaluated(f)), masked)
     check(kind, jax.jit(differentiated(f)), masked)
 
 
+@every(2)
 @forms
 @masks
 @pytest.mark.parametrize("kind", [k for k in KINDS if KINDS[k].per_example is not None])
@@ -203,6 +203,7 @@ def test_one_example_in_a_vmap(kind, masked, fast):
     check(kind, jax.jit(differentiated(f)), masked)
 
 
+@every(2)
 @masks
 @kinds
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -212,6 +213,7 @@ def test_examples_split_over_a_mesh(kind, masked, axis_type):
     check(kind, on_devices(differentiated(f), axis_type), masked)
 
 
+@every(2)
 @forms
 @masks
 @kinds
@@ -222,6 +224,7 @@ def test_shard_map(kind, masked, fast):
     check(kind, in_shard_map(differentiated(f)), masked)
 
 
+@every(2)
 @forms
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
 @kinds

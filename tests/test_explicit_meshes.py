@@ -20,7 +20,7 @@ from .helpers import (
     all_norms,
     assert_close,
     call,
-    half,
+    every,
     make_mesh,
     normal,
     randomize,
@@ -79,14 +79,12 @@ CALLS = {
 }
 
 
-# Each call with each placement, and each of both in each way.
-@pytest.mark.parametrize(
-    ("way", "given", "placement"),
-    half(WAYS, CALLS, ["batch", "both"]),
-)
+@every(3)
+@ways
+@pytest.mark.parametrize("given", CALLS)
+@pytest.mark.parametrize("placement", ["batch", "both"])
 @all_norms
 def test_call_on_an_explicit_mesh(case, placement, given, way):
-    way = WAYS[way]
     layer, state = case.build(16)
     layer, x, kwargs = randomize(layer), 3 * normal(0, SHAPE) + 1, CALLS[given]
     wanted = way(call)(layer, state, x, **kwargs)
@@ -122,10 +120,10 @@ def over_named_examples(layer, state, x):
     return jax.vmap(one, axis_name="batch", out_axes=(0, None))(x)[0]
 
 
-@pytest.mark.parametrize(
-    ("way", "name", "placement"),
-    half(WAYS, ["named", "unnamed"], PLACEMENTS),
-)
+@every(3)
+@ways
+@pytest.mark.parametrize("name", ["named", "unnamed"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @all_layers
 def test_vmap_on_an_explicit_mesh(case, placement, name, way):
     way, named = WAYS[way], name == "named"

@@ -41,9 +41,12 @@ def test_adds_nothing_to_equinox():
 
 
 def test_needs_no_device():
-    """Importing starts no backend, so that it may still be configured afterwards."""
+    """Importing and tracing start no backend, so that it may be configured afterwards."""
     program = (
-        "import eqx_norms, jax; jax.config.update('jax_num_cpu_devices', 3);"
+        "import equinox as eqx, eqx_norms as en, jax, jax.numpy as jnp\n"
+        "x = jax.ShapeDtypeStruct((2, 8), jnp.float32)\n"
+        "eqx.filter_eval_shape(lambda x: en.RMSNorm(8, use_scale=False)(x), x)\n"
+        "jax.config.update('jax_num_cpu_devices', 3)\n"
         "print(len(jax.devices('cpu')))"
     )
     run = subprocess.run(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from .helpers import all_norms, call, normal
+from .helpers import all_norms, call, every, normal
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,7 @@ WAYS: dict[str, Any] = {
 }
 
 
+@every(2)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @all_norms

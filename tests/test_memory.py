@@ -13,6 +13,7 @@ from .helpers import (
     all_norms,
     bytes_kept,
     call,
+    every,
     make_mesh,
     over,
     vector_norms,
@@ -62,6 +63,7 @@ def test_keeps_the_input_alone(case, dtype, result):
         assert size <= kept(layer, state, x) <= LIMIT * size, option
 
 
+@every(2)
 @all_norms
 @dtypes
 @pytest.mark.parametrize("shape", [SHAPE, (4, 512, 1), (4, 1, 1), (512,)], ids=str)
@@ -148,6 +150,7 @@ def test_keeps_the_weight_twice(case, dtype, param_dtype, result):
     assert size <= kept(layer, state, x) <= LIMIT * size
 
 
+@every(2)
 @vector_norms
 @dtypes
 def test_scan_over_blocks(case, dtype):
@@ -159,6 +162,7 @@ def test_scan_over_blocks(case, dtype):
     assert ours < min(peak.values()), peak
 
 
+@every(2)
 @vector_norms
 @dtypes
 def test_unrolled_blocks(case, dtype):

@@ -12,7 +12,7 @@ import pytest
 
 import eqx_norms as en
 
-from .helpers import normal, randomize
+from .helpers import every, normal, randomize
 
 
 KEY = jax.random.key(0)
@@ -126,6 +126,7 @@ MODELS = {
 }
 
 
+@every(2)
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "mixed"])
 @pytest.mark.parametrize("name", MODELS)
 def test_replaced(name, half):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import eqx_norms as en
 
-from .helpers import float64, normal
+from .helpers import every, float64, normal
 
 
 SHAPE = (16, 6, 5)
@@ -88,6 +88,7 @@ WAYS = {
 }
 
 
+@every(2)
 @sources
 @masks
 @pytest.mark.parametrize("way", WAYS)

@@ -170,6 +170,7 @@ def test_an_eager_call_computes_the_result_alone(case):
     """One program, with one output: a GPU makes one kernel of rows whose statistics are no
     output, and else five."""
     layer, state = case.build()
-    jaxpr = jax.make_jaxpr(lambda x: call(layer, state, x, **case.evaluation))(normal(0, SHAPE))
+    f = ft.partial(call, layer, state, **case.evaluation)
+    jaxpr = jax.make_jaxpr(f)(normal(0, SHAPE))
     (program,) = (e for e in jaxpr.eqns if e.params.get("name") == "compute")
     assert [v.aval.shape for v in program.outvars] == [SHAPE]

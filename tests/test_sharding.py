@@ -1,6 +1,7 @@
 """Sharded arrays under `filter_jit`, with no `axis_name`: JAX finds the collectives."""
 
 import contextlib
+import itertools
 
 import equinox as eqx
 import jax
@@ -97,13 +98,12 @@ def put(tree, spec, mesh):
     return jax.tree.map(place, tree)
 
 
-# On an Explicit mesh that is set, or on one that is not, in turn.
+# On an Auto mesh, on an Explicit one that is set, and on one that is not, in turn.
 @pytest.mark.parametrize(
     ("case", "of_x", "of_params", "of_y", "axis_type", "context"),
     [
         pytest.param(*row.values, *MESHES[mesh], id=f"{row.id}-{mesh}")
-        for number, row in enumerate(ROWS)
-        for mesh in ("Auto", list(MESHES)[1 + number % 2])
+        for row, mesh in zip(ROWS, itertools.cycle(MESHES), strict=False)
     ],
 )
 def test_equals_one_device(case, of_x, of_params, of_y, axis_type, context):
