@@ -6,15 +6,12 @@
 The blocks are those of `compiled.py`, `x + relu(norm(x) @ w_in) @ w_out`, here run on JAX's
 default device. All steps take turns, and a ratio is formed within each round; given are
 medians. "no norm" is the same step without one: what a norm costs is what is beyond it.
-`prevent_cse=False` is eqx_norms with that argument of `jax.checkpoint`, which it leaves as
-it is: then XLA may keep what it computed forward.
 """
 
 import argparse
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +31,6 @@ def steps(
     (case,) = (case for case in speed.CASES if case.name == layer)
     layers = available(case, compiled.WIDTH, compiled.DTYPES[dtype])
     layers["no norm"] = Functional(lambda params, state, x: (x, state), (), ())
-    layers["prevent_cse=False"] = layers["eqx_norms"]
     rng = np.random.default_rng(0)
 
     def filled(leaf):
@@ -49,14 +45,7 @@ def steps(
             lambda leaf: filled(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf,
             (leaves, jax.ShapeDtypeStruct((tokens, *x.shape[1:]), x.dtype)),
         )
-        checkpoint = jax.checkpoint
-        if name == "prevent_cse=False":
-            checkpoint = partial(jax.checkpoint, prevent_cse=False)
-            jax.clear_caches()
-        with mock.patch.object(jax, "checkpoint", checkpoint):
-            program = jax.jit(step).lower(*args).compile()
-        yield name, partial(program, *args)
-    jax.clear_caches()
+        yield name, partial(jax.jit(step).lower(*args).compile(), *args)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, object]]:
