@@ -66,7 +66,7 @@ def test_steps_of_blocks(monkeypatch):
         monkeypatch.setattr(compiled, name, value)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         records = blocks.main(["--layers", "RMSNorm", "--tokens", "8", "--rounds", "2"])
-    assert len(records) == 2 * 5
+    assert len(records) == 2 * 4
     assert "1 blocks, 8 tokens of 16 features" in out.getvalue()
 
 

@@ -15,7 +15,6 @@ import eqx_norms as en
 from .helpers import (
     BATCH_NORM,
     NORMS,
-    WAYS,
     all_layers,
     all_norms,
     assert_close,
@@ -126,7 +125,7 @@ def over_named_examples(layer, state, x):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @all_layers
 def test_vmap_on_an_explicit_mesh(case, placement, name, way):
-    way, named = WAYS[way], name == "named"
+    named = name == "named"
     kwargs, of_x = without_name(case.per_example), PLACEMENTS[placement]
     if named:
         kwargs = {**kwargs, "axis_name": "batch"}
