@@ -13,8 +13,9 @@ not installed is left out. While one works on a layer, a few seconds are enough:
 
 layers: inference is the forward pass alone, in BatchNorm too with the batch's statistics.
 Training is two programs: the forward pass, which also writes what is kept for the backward
-pass, and the backward pass, which reads it. A TPU's compiler estimates the time of each:
-the sum over the kernels of what takes longer, arithmetic or reading and writing.
+pass, and the backward pass, which reads it. Both are one program too, which need not write
+all of that. A TPU's compiler estimates the time of each: the sum over the kernels of what
+takes longer, arithmetic or reading and writing.
 
 blocks: a step of training of residual blocks, `x + relu(norm(x) @ w_in) @ w_out`, with the
 update of all parameters, in the last dtype that is asked for. Unrolled blocks stand one
@@ -79,6 +80,7 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "libtpu", "equinox", "flax")
 SHAPES = {"NC": (131072, 1024), "NCHW": (128, 256, 64, 64), "NHWC": (128, 64, 64, 256)}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 WHOLE = P()
+PROGRAMS = ("inference", "forward", "backward", "both")
 BLOCKS, TOKENS, WIDTH, HIDDEN = 3, 65536, 1024, 4096
 DEVICES = 8
 
@@ -153,8 +155,9 @@ def layer_records(
                 "library": library,
                 "kept": found.kept / unit,
             }
-            for name in ("inference", "forward", "backward"):
-                f, *args = getattr(found, name)
+            programs = {name: getattr(found, name) for name in PROGRAMS[:-1]}
+            programs["both"] = (layer.both, layer.params, layer.state, x, x)
+            for name, (f, *args) in programs.items():
                 program, cost = build(platform, f, *place(args, mesh(platform)))
                 seconds = (program.cost_analysis() or {}).get("optimal_seconds")
                 record[name] = describe(cost, unit)
@@ -281,12 +284,11 @@ def without_empty(columns: list[str], rows: list[list[str]]) -> Table:
 
 
 def table_of_layers(records: list[dict[str, Any]]) -> Table:
-    names = ("inference", "forward", "backward")
-    columns = ["layer", "shape", "dtype", "library", *names, "training", "kept"]
-    columns += [f"{name}, us" for name in names]
+    columns = ["layer", "shape", "dtype", "library", *PROGRAMS, "training", "kept"]
+    columns += [f"{name}, us" for name in PROGRAMS]
     rows = []
     for each in records:
-        given = [each[name] for name in names]
+        given = [each[name] for name in PROGRAMS]
         row = [each["layer"], speed.label(each), each["dtype"], each["library"]]
         row += map(text_of, given)
         row.append(f"{each['forward']['units'] + each['backward']['units']:.2f}")
