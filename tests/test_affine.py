@@ -7,7 +7,7 @@ import pytest
 from eqx_norms._checks import Check
 from eqx_norms._layer import init_affine
 
-from .helpers import NORMS, all_norms, call, normal, over, randomize, reference
+from .helpers import NORMS, all_norms, call, half, normal, over, randomize, reference
 
 
 CHECK = Check("Layer")
@@ -150,14 +150,13 @@ GIVEN = {
 }
 
 
-@all_norms
-@pytest.mark.parametrize("shape", GIVEN.values(), ids=GIVEN)
-@pytest.mark.parametrize("first", [False, True], ids=["features last", "features first"])
+# With features last, and first.
+@pytest.mark.parametrize(("case", "shape", "first"), half(NORMS, GIVEN, [False, True]))
 def test_given_at_the_call(case, shape, first):
     x = 2 + normal(0, SHAPE)
     layer, state = case.build(**(case.features_first if first else {}))
     layer = randomize(layer)
-    scale, bias = normal(1, shape), normal(2, shape)
+    scale, bias = normal(1, GIVEN[shape]), normal(2, GIVEN[shape])
 
     def move(a):
         """Of a shape per feature, and of a number, there is but one form."""

@@ -13,7 +13,7 @@ import pytest
 import eqx_norms as en
 from eqx_norms import convert
 
-from .helpers import assert_close, float64, normal, randomize
+from .helpers import assert_close, float64, half, normal, randomize
 
 
 KEY = jax.random.key(0)
@@ -154,9 +154,9 @@ def test_batch_norm_count(mode, steps, count):
     np.testing.assert_array_equal(new.running_stats(new_state).count, [count] * 4)
 
 
-@pytest.mark.parametrize("momentum", [0.5, 0.9, 0.99])
-@pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("mode", ["batch", "ema"])
+@pytest.mark.parametrize(
+    ("mode", "steps", "momentum"), half(["batch", "ema"], [1, 4], [0.5, 0.9, 0.99])
+)
 def test_batch_norm_goes_on(mode, steps, momentum):
     """Trained on in both libraries, what evaluation gives stays the same."""
     make = lambda: BN(4, "batch", momentum=momentum, mode=mode)  # noqa: E731
@@ -840,9 +840,10 @@ ALL = {**STATELESS, **STATEFUL}
 FLOATS = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 
-@pytest.mark.parametrize("x", FLOATS, ids=lambda d: jnp.dtype(d).name)
-@pytest.mark.parametrize("param", FLOATS, ids=lambda d: jnp.dtype(d).name)
-@pytest.mark.parametrize("name", [n for n in ALL if "conv" not in n and n != "ema"])
+@pytest.mark.parametrize(
+    ("name", "param", "x"),
+    half([n for n in ALL if "conv" not in n and n != "ema"], FLOATS, FLOATS),
+)
 def test_dtype_as_before(name, param, x):
     """With parameters of any dtype, and a state that is float32 still. (In training, "ema"
     raises in half precision. A convolution takes one dtype.)"""

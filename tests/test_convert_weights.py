@@ -13,7 +13,8 @@ import pytest
 import eqx_norms as en
 from eqx_norms import convert
 
-from .helpers import as_pair
+from .helpers import as_pair, half
+from .test_convert_equinox import call
 from .test_convert_torch import close, data, shaken
 
 
@@ -87,7 +88,6 @@ CASES: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
         {"dim": None},
     ),
 }
-every = pytest.mark.parametrize("case", CASES)
 form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -112,8 +112,7 @@ def evaluate(layer: Any, state, x):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
-@form
-@every
+@pytest.mark.parametrize(("case", "form"), half(CASES, FORMS))
 def test_module(case, form):
     """And its state dict, into a layer with other weights."""
     torch.manual_seed(0)
@@ -150,12 +149,7 @@ def test_training(form):
     for _ in range(20):
         wanted = module(theirs)
         with jax.numpy_rank_promotion("allow"):
-            if state is None:
-                found = jax.vmap(layer)(ours)
-            else:
-                found, state = jax.vmap(layer, in_axes=(0, None), out_axes=(0, None))(
-                    ours, state
-                )
+            found, state = call(layer, state, ours)
     close(found, wanted, 1e-4)
 
 
