@@ -107,9 +107,8 @@ def unet() -> Any:
 
 def convnext() -> Any:
     """Images, with a LayerNorm at the end, and eight norms of the library's own before."""
-    from equimo.models.convnext import ConvNeXt
-
-    return ConvNeXt(
+    convnext = pytest.importorskip("equimo.models.convnext")
+    return convnext.ConvNeXt(
         depths=[1, 1, 1, 1],
         dims=[4, 8, 8, 8],
         num_classes=3,
