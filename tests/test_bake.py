@@ -181,6 +181,7 @@ class Net(eqx.Module):
         return jax.lax.scan(step, x, arrays)[0], state
 
 
+@eqx.filter_jit
 def batched(model, state, x):
     forward = jax.vmap(model, in_axes=(0, None), out_axes=(0, None), axis_name="batch")
     return forward(x, clone(state))
@@ -219,7 +220,7 @@ def test_made_under_vmap():
     layers = eqx.nn.inference_mode(randomize(layers))
     baked, _ = en.bake(layers, states)
     x = normal(1, (3,))
-    apply: Any = eqx.filter_vmap(lambda layer, state: layer(x, state)[0])
+    apply: Any = eqx.filter_jit(eqx.filter_vmap(lambda layer, state: layer(x, state)[0]))
     expected = apply(layers, states)
     assert_close(eqx.filter_vmap(lambda layer: layer(x))(baked), expected, 1e-6)
     # Under it comes to the same.

@@ -1,6 +1,7 @@
 """Models of other people, as they are and with their norms replaced. (Each is skipped where
 its package is not installed: the extra `models` has them.)"""
 
+import functools
 import io
 from typing import Any
 
@@ -29,6 +30,21 @@ def implicit_promotion():
 def nodes(model, *kinds):
     is_leaf = lambda node: isinstance(node, kinds)  # noqa: E731
     return [node for node in jax.tree.leaves(model, is_leaf=is_leaf) if is_leaf(node)]
+
+
+@functools.cache
+def made(name, seed) -> Any:
+    """Random numbers, without the time it takes to compile their initializers."""
+
+    def fill(leaf):
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        size = np.sqrt(np.prod(leaf.shape[1:]))
+        return (normal(seed, leaf.shape) / size + (leaf.ndim == 1)).astype(leaf.dtype)
+
+    # Imported before anything is traced: it may make arrays.
+    pytest.importorskip("equimo.models.convnext" if name == "equimo" else name)
+    return jax.tree.map(fill, eqx.filter_eval_shape(MODELS[name][0]))
 
 
 def shaken(model):
@@ -64,15 +80,16 @@ def dtypes(model, x):
     return [leaf.dtype for leaf in y], [leaf.dtype for leaf in jax.tree.leaves(grads)]
 
 
-def esm(seed) -> Any:
+def esm() -> Any:
     """Proteins; blocks that a scan goes over, whose carry must keep its dtype."""
-    esm2quinox = pytest.importorskip("esm2quinox")
-    return esm2quinox.ESM2(
+    from esm2quinox import ESM2
+
+    return ESM2(
         num_layers=3,
         embed_size=16,
         num_heads=2,
         token_dropout=False,
-        key=jax.random.key(seed),
+        key=KEY,
     )
 
 
@@ -81,15 +98,14 @@ def tokens():
     return jnp.asarray(esm2quinox.tokenise(["SPIDERMAN", "FL#SH"]))
 
 
-def unet(seed) -> Any:
+def unet() -> Any:
     """Fields of partial differential equations, with GroupNorms."""
-    pdequinox = pytest.importorskip("pdequinox")
-    return pdequinox.arch.ModernUNet(
-        1, 2, 1, hidden_channels=4, num_levels=2, num_blocks=1, key=jax.random.key(seed)
-    )
+    from pdequinox.arch import ModernUNet
+
+    return ModernUNet(1, 2, 1, hidden_channels=4, num_levels=1, num_blocks=1, key=KEY)
 
 
-def convnext(seed) -> Any:
+def convnext() -> Any:
     """Images, with a LayerNorm at the end, and eight norms of the library's own before."""
     convnext = pytest.importorskip("equimo.models.convnext")
     return convnext.ConvNeXt(
@@ -97,7 +113,7 @@ def convnext(seed) -> Any:
         dims=[4, 8, 8, 8],
         num_classes=3,
         layer_scale_init_value=1.0,
-        key=jax.random.key(seed),
+        key=KEY,
     )
 
 
@@ -121,7 +137,7 @@ def rules():
 
 MODELS = {
     "esm2quinox": (esm, tokens, lambda: None, 4),
-    "pdequinox": (unet, lambda: normal(1, (2, 2, 16)), lambda: None, 15),
+    "pdequinox": (unet, lambda: normal(1, (2, 2, 16)), lambda: None, 9),
     "equimo": (convnext, lambda: normal(1, (2, 3, 32, 32)), rules, 9),
 }
 
@@ -130,8 +146,8 @@ MODELS = {
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "mixed"])
 @pytest.mark.parametrize("name", MODELS)
 def test_replaced(name, half):
-    make, data, rules, number = MODELS[name]
-    model, x, rules = shaken(make(0)), data(), rules()
+    _, data, rules, number = MODELS[name]
+    model, x, rules = made(name, 0), data(), rules()
     if half:
         model = mixed(model, *EQUINOX, *(rules or {}))
         x = x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -150,12 +166,12 @@ def test_replaced(name, half):
 def test_checkpoint(name):
     """That of the model as it was loads into what becomes of another one."""
     make, _, rules, _ = MODELS[name]
-    old, rules = shaken(make(0)), rules()
+    old, rules = made(name, 0), rules()
     file = io.BytesIO()
     eqx.tree_serialise_leaves(file, old)
     for skeleton in (
-        en.replace_norms(make(1), rules=rules),
-        eqx.filter_eval_shape(lambda: en.replace_norms(make(1), rules=rules)),
+        en.replace_norms(made(name, 1), rules=rules),
+        eqx.filter_eval_shape(lambda: en.replace_norms(make(), rules=rules)),
     ):
         file.seek(0)
         loaded = eqx.tree_deserialise_leaves(file, skeleton)
@@ -166,7 +182,7 @@ def test_checkpoint(name):
 
 
 def test_norms_of_a_librarys_own_are_listed():
-    model = convnext(0)
+    model = made("equimo", 0)
     with pytest.warns(UserWarning, match="not every norm was replaced") as record:
         new = en.replace_norms(model)
     (warning,) = record

@@ -14,7 +14,7 @@ from flax import nnx
 
 import eqx_norms as en
 
-from .helpers import assert_close, normal
+from .helpers import assert_close, half, normal
 
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -129,22 +129,23 @@ def run_example_layers(ours, flax, case, dtypes, *, use_fast_variance, mask=None
         close(a, e, max(TOLERANCE[dtype] for dtype in roundings), name)
 
 
-PAIRS = pytest.mark.parametrize(
-    ("ours", "flax"),
-    [(en.LayerNorm, nnx.LayerNorm), (en.RMSNorm, nnx.RMSNorm)],
-    ids=["LayerNorm", "RMSNorm"],
+PAIRS = {
+    "LayerNorm": (en.LayerNorm, nnx.LayerNorm),
+    "RMSNorm": (en.RMSNorm, nnx.RMSNorm),
+}
+pairs = pytest.mark.parametrize(("ours", "flax"), PAIRS.values(), ids=PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("pair", "use_fast_variance", "case"), half(PAIRS, [False, True], EXAMPLE_LAYERS)
 )
-
-
-@PAIRS
-@pytest.mark.parametrize("use_fast_variance", [False, True])
-@pytest.mark.parametrize("case", EXAMPLE_LAYERS, ids=str)
-def test_arguments(ours, flax, case, use_fast_variance):
+def test_arguments(pair, case, use_fast_variance):
+    ours, flax = PAIRS[pair]
     dtypes = (F32, None, F32)
     run_example_layers(ours, flax, case, dtypes, use_fast_variance=use_fast_variance)
 
 
-@PAIRS
+@pairs
 @pytest.mark.parametrize("dtypes", DTYPES[1:], ids=lambda d: "-".join(map(name_of, d)))
 def test_dtypes(ours, flax, dtypes):
     run_example_layers(ours, flax, EXAMPLE_LAYERS[0], dtypes, use_fast_variance=False)
@@ -154,7 +155,7 @@ def name_of(dtype):
     return "none" if dtype is None else jnp.dtype(dtype).name
 
 
-@PAIRS
+@pairs
 def test_without_bias_and_with_mask(ours, flax):
     case = ((5, 8), 8, {"use_bias": False})
     mask = jnp.arange(8) != 3

@@ -14,7 +14,7 @@ import eqx_norms as en
 from eqx_norms import convert
 
 from .helpers import as_pair, assert_close, float64, normal, randomize
-from .test_convert_equinox import evaluate, forward
+from .test_convert_equinox import call, evaluate, forward
 
 
 KEY = jax.random.key(0)
@@ -166,7 +166,7 @@ def made(name, steps=3) -> tuple[Any, Any, Any, type]:
         state = None
     elif "two" not in name:
         for _ in range(steps):
-            _, state = forward(layer, state, x)
+            _, state = call(layer, state, x)
     return layer, state, x, getattr(eqx.nn, becomes)
 
 
@@ -344,7 +344,7 @@ def test_there_and_back(steps):
     x = 2 + normal(7, (8, 3))
     model, state = eqx.nn.make_with_state(lambda: randomize(mixed()))()
     for _ in range(steps):
-        _, state = forward(model, state, x)
+        _, state = call(model, state, x)
     there, own = en.restore_norms(*en.replace_norms(model, state))
     back = there, own
     assert jax.tree.structure(eqx.filter(back, eqx.is_array)) == jax.tree.structure(
@@ -360,7 +360,7 @@ def test_there_and_back(steps):
     one, one_state = loaded
     np.testing.assert_array_equal(evaluate(one, one_state, x), evaluate(there, own, x))
     # Training goes on.
-    _, after = forward(there, own, x)
+    _, after = call(there, own, x)
     assert after.get(there[0].index) == 42 + steps
 
 
@@ -370,7 +370,7 @@ def test_shared_state():
     model, state = en.restore_norms([layer, layer], state)
     assert len(jax.tree.leaves(state)) == 3
     x = normal(7, (8, 3))
-    _, state = forward(model[0], state, x)
+    _, state = call(model[0], state, x)
     np.testing.assert_array_equal(
         evaluate(model[1], state, x), evaluate(model[0], state, x)
     )
@@ -392,10 +392,12 @@ def test_stacked_layers():
     old = randomize(old)
     x = normal(7, (8, 4))
 
+    @eqx.filter_jit
     @eqx.filter_vmap(in_axes=(eqx.if_array(0), eqx.if_array(0)))
     def step(model, state):
         return forward(model[1], state, forward(model[0], None, x)[0])[1]
 
+    @eqx.filter_jit
     @eqx.filter_vmap(in_axes=(eqx.if_array(0), eqx.if_array(0)))
     def both(model, state):
         norm, batch_norm = eqx.nn.inference_mode(model)
@@ -428,10 +430,10 @@ def test_in_float64():
             3, param_dtype=jnp.float64, **BN
         )
         x = normal(7, (8, 3), jnp.float64)
-        _, state = forward(layer, state, x)
+        _, state = call(layer, state, x)
         new, new_state = convert.to_equinox(layer, state)
         assert_close(evaluate(new, new_state, x), evaluate(layer, state, x), 1e-12)
-        forward(new, new_state, x)
+        call(new, new_state, x)
 
 
 def test_missing_state():
@@ -461,9 +463,9 @@ def test_training_goes_on(steps):
     away, home = convert.from_equinox, convert.to_equinox
     for (layer, state), there, back in ((theirs, away, home), (ours, home, away)):
         for _ in range(steps):
-            _, state = forward(layer, state, x[0])
+            _, state = call(layer, state, x[0])
         other, other_state = back(*there(layer, state))
         for batch in x[1:] if steps else ():
-            _, state = forward(layer, state, batch)
-            _, other_state = forward(other, other_state, batch)
+            _, state = call(layer, state, batch)
+            _, other_state = call(other, other_state, batch)
         assert_close(other_state, state, 1e-5)

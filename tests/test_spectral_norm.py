@@ -20,10 +20,14 @@ def build(layer, **kwargs) -> Any:
     return eqx.nn.make_with_state(en.SpectralNorm)(layer, **{"key": KEY, **kwargs})
 
 
+@eqx.filter_jit
+def apply(norm, state, x, **kwargs) -> tuple[Any, Any]:
+    return norm(x, state, **kwargs)
+
+
 def settle(norm, state, x, calls=20):
-    apply = eqx.filter_jit(norm)
     for _ in range(calls):
-        _, state = apply(x, state)
+        _, state = apply(norm, state, x)
     return state
 
 
@@ -42,13 +46,13 @@ def test_converges(make, shape):
     sigma = greatest(layer.weight)
     np.testing.assert_allclose(stats.sigma, sigma, rtol=1e-5)
     expected = with_weight(layer, before.astype(np.float64) / sigma)(x)
-    for update in (True, False):
-        y, _ = norm(x, clone(state), update_stats=update)
+    for f in (norm, eqx.nn.inference_mode(norm)):
+        y, _ = apply(f, state, x)
         np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
     assert np.array_equal(norm.layer.weight, before)
 
 
-@pytest.mark.parametrize("axes", [0, 1, (0, 1), (2, 3)], ids=str)
+@pytest.mark.parametrize("axes", [1, (0, 1)], ids=str)
 def test_feature_axes(axes):
     layer = eqx.nn.Conv2d(4, 6, (2, 3), key=KEY)
     norm, state = build(layer, feature_axes=axes, n_steps=30)
@@ -84,11 +88,11 @@ def test_step_by_step_as_flax():
         norm.state_index, (en.SpectralStats(u.reshape(4, 1), stats.v, stats.sigma),)
     )
     x = normal(1, (3, 5))
-    apply = jax.vmap(norm, (0, None), (0, None))
+    step = eqx.filter_jit(jax.vmap(norm, (0, None), (0, None)))
     for _ in range(4):
         theirs.layer_instance.kernel[...] = kernel
         expected = theirs(x, update_stats=True)
-        y, state = apply(x, state)
+        y, state = step(x, state)
         np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
         (stats,) = norm.spectral_stats(state)
         sigma = theirs.batch_stats[(*path[:-1], "sigma")][...]
@@ -124,20 +128,20 @@ def test_gradients():
         layer = eqx.nn.Linear(5, 4, key=KEY, dtype=jnp.float64)
         x = normal(1, (5,), jnp.float64)
         norm, state = build(layer)
-        (stats,) = norm.spectral_stats(norm(x, clone(state))[1])
+        (stats,) = norm.spectral_stats(apply(norm, state, x)[1])
         u, v = stats.u[:, 0], stats.v[0]
 
         def plain(weight):
             sigma = jnp.einsum("i,ij,j->", u, weight, v)
             return jnp.sum(jnp.sin((weight / sigma) @ x + layer.bias))
 
+        @eqx.filter_jit
         @eqx.filter_grad
         def grad(norm):
             return jnp.sum(jnp.sin(norm(x, clone(state))[0]))
 
-        np.testing.assert_allclose(
-            grad(norm).layer.weight, jax.grad(plain)(layer.weight), rtol=1e-10
-        )
+        wanted = jax.jit(jax.grad(plain))(layer.weight)
+        np.testing.assert_allclose(grad(norm).layer.weight, wanted, rtol=1e-10)
 
 
 @pytest.mark.parametrize("weight", [0.0, np.nan, np.inf])
@@ -174,12 +178,12 @@ def test_dtypes():
     layer = eqx.nn.Linear(5, 4, use_bias=False, key=KEY, dtype=jnp.bfloat16)
     x = normal(1, (5,)).astype(jnp.bfloat16)
     norm, state = build(layer, param_dtype=jnp.bfloat16)
-    y, state = norm(x, state)
+    y, state = apply(norm, state, x)
     assert y.dtype == jnp.bfloat16
     (stats,) = norm.spectral_stats(state)
     assert {a.dtype for a in jax.tree.leaves(stats)} == {np.dtype(np.float32)}
     norm, state = build(layer, dtype=jnp.float32)
-    assert norm(x.astype(jnp.float32), state)[0].dtype == jnp.float32
+    assert apply(norm, state, x.astype(jnp.float32))[0].dtype == jnp.float32
     complex_layer = eqx.nn.Linear(5, 4, key=KEY, dtype=jnp.complex64)
     norm, state = build(complex_layer, n_steps=40)
     (stats,) = norm.spectral_stats(settle(norm, state, x.astype(jnp.complex64), 2))
@@ -187,13 +191,18 @@ def test_dtypes():
     np.testing.assert_allclose(stats.sigma, sigma, rtol=1e-5)
 
 
+@eqx.filter_jit
+def over_examples(norm, state, x) -> tuple[Any, Any]:
+    return jax.vmap(norm, (0, None), (0, None), axis_name="b")(x, state)
+
+
 def test_several_weights_and_a_layer_with_a_state():
     make = lambda: en.SpectralNorm(  # noqa: E731
         eqx.nn.Sequential(
             [
-                eqx.nn.Linear(3, 4, key=KEY),
-                en.BatchNorm(4, axis_name="b"),
-                eqx.nn.Linear(4, 2, key=KEY),
+                eqx.nn.Linear(3, 3, key=KEY),
+                en.BatchNorm(3, axis_name="b"),
+                eqx.nn.Linear(3, 3, key=KEY),
             ]
         ),
         n_steps=40,
@@ -203,10 +212,8 @@ def test_several_weights_and_a_layer_with_a_state():
     norm, state = eqx.nn.make_with_state(make)()
     assert norm.weights == (".layers[0].weight", ".layers[2].weight")
     outer = eqx.nn.Sequential([norm, eqx.nn.Lambda(jax.nn.relu)])
-    y, state = jax.vmap(outer, (0, None), (0, None), axis_name="b")(
-        normal(1, (5, 3)), state
-    )
-    assert y.shape == (5, 2)
+    y, state = over_examples(outer, state, normal(1, (5, 3)))
+    assert y.shape == (5, 3)
     assert np.all(norm.layer[1].running_stats(state).count == 1)
     for number, stats in zip((0, 2), norm.spectral_stats(state), strict=True):
         np.testing.assert_allclose(
@@ -221,8 +228,8 @@ class Block(eqx.Module):
     norm: en.BatchNorm
 
     def __init__(self):
-        self.linear = eqx.nn.Linear(3, 4, key=KEY)
-        self.norm = en.BatchNorm(4, axis_name="b")
+        self.linear = eqx.nn.Linear(3, 3, key=KEY)
+        self.norm = en.BatchNorm(3, axis_name="b")
 
     def __call__(self, x, state, *, key=None):
         return self.norm(self.linear(x), state)
@@ -231,8 +238,8 @@ class Block(eqx.Module):
 def test_around_a_module_with_a_state():
     norm: Any
     norm, state = build(Block(), n_steps=40)
-    y, state = jax.vmap(norm, (0, None), (0, None), axis_name="b")(normal(1, (5, 3)), state)
-    assert y.shape == (5, 4)
+    y, state = over_examples(norm, state, normal(1, (5, 3)))
+    assert y.shape == (5, 3)
     assert np.all(norm.layer.norm.running_stats(state).count == 1)
     (stats,) = norm.spectral_stats(state)
     np.testing.assert_allclose(stats.sigma, greatest(norm.layer.linear.weight), rtol=1e-5)
@@ -240,8 +247,8 @@ def test_around_a_module_with_a_state():
 
 def test_vectors_of_another_weight():
     """Evaluated with the opposite weight, it gives the opposite."""
-    norm, state = build(eqx.nn.Linear(3, 4, use_bias=False, key=KEY), update_stats=False)
-    x = normal(1, (3,))
+    norm, state = build(eqx.nn.Linear(5, 4, use_bias=False, key=KEY), update_stats=False)
+    x = normal(1, (5,))
     opposite = eqx.tree_at(lambda n: n.layer.weight, norm, -norm.layer.weight)
     y, _ = norm(x, clone(state))
     np.testing.assert_allclose(opposite(x, clone(state))[0], -y, rtol=1e-6)
@@ -255,7 +262,7 @@ def test_together_with_weight_norm():
         lambda: en.WeightNorm(en.SpectralNorm(linear, key=KEY), feature_axes=None)
     )()
     assert both.is_stateful()
-    y, _ = both(normal(1, (5,)), state)
+    y, _ = apply(both, state, normal(1, (5,)))
     assert np.all(np.isfinite(y))
 
 
@@ -271,7 +278,6 @@ def test_inside_shard_map():
     mesh = make_mesh(AxisType.Explicit, devices=8)
     norm, state = build(eqx.nn.Linear(5, 4, key=KEY))
     x = normal(1, (16, 5))
-    apply = jax.vmap(norm, (0, None), (0, None))
     P = jax.sharding.PartitionSpec
 
     @eqx.filter_jit
@@ -281,7 +287,7 @@ def test_inside_shard_map():
     def sharded(norm, state, x):
         return jax.vmap(norm, (0, None), (0, None))(x, state)
 
-    expected, wanted = apply(x, clone(state))
+    expected, wanted = over_examples(norm, state, x)
     with jax.set_mesh(mesh):
         y, new = sharded(norm, state, jax.device_put(x, P("devices")))
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
@@ -290,7 +296,7 @@ def test_inside_shard_map():
 
 
 def test_bad_arguments():
-    linear, conv = eqx.nn.Linear(3, 4, key=KEY), eqx.nn.Conv1d(3, 4, 2, key=KEY)
+    linear, conv = eqx.nn.Linear(5, 4, key=KEY), eqx.nn.Conv1d(3, 4, 2, key=KEY)
     with pytest.raises(
         ValueError, match=r"SpectralNorm: `n_steps` must be at least 1, got 0"
     ):
@@ -306,8 +312,8 @@ def test_bad_arguments():
     with pytest.raises(
         ValueError, match=r"SpectralNorm: this `state` holds nothing for this"
     ):
-        norm(jnp.ones(3), eqx.nn.make_with_state(en.BatchNorm)(3)[1])
-    assert norm(jnp.ones(3), state)[0].shape == (4,)
+        norm(jnp.ones(5), eqx.nn.make_with_state(en.BatchNorm)(3)[1])
+    assert norm(jnp.ones(5), state)[0].shape == (4,)
     with pytest.raises(
         ValueError, match=r"`feature_axes=\(2,\)` has axis 2, which is out of"
     ):
@@ -329,8 +335,8 @@ def test_stored_vectors_of_any_length(length):
     state = settle(norm, state, x)
     other = stored(state, lambda a: length * a)
     for update in (True, False):
-        y, new = norm(x, clone(state), update_stats=update)
-        z, kept = norm(x, clone(other), update_stats=update)
+        y, new = apply(norm, state, x, update_stats=update)
+        z, kept = apply(norm, other, x, update_stats=update)
         np.testing.assert_allclose(z, y, rtol=1e-5)
         if update:
             assert_close(kept, new)
