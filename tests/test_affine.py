@@ -158,7 +158,7 @@ def test_given_at_the_call(case, shape, first):
     x = 2 + normal(0, SHAPE)
     layer, state = case.build(**(case.features_first if first else {}))
     layer = randomize(layer)
-    scale, bias = normal(1, GIVEN[shape]), normal(2, GIVEN[shape])
+    scale, bias = normal(1, shape), normal(2, shape)
 
     def move(a):
         """Of a shape per feature, and of a number, there is but one form."""

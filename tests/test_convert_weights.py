@@ -151,7 +151,12 @@ def test_training(form):
     for _ in range(20):
         wanted = module(theirs)
         with jax.numpy_rank_promotion("allow"):
-            found, state = call(layer, state, ours)
+            if state is None:
+                found = jax.vmap(layer)(ours)
+            else:
+                found, state = jax.vmap(layer, in_axes=(0, None), out_axes=(0, None))(
+                    ours, state
+                )
     close(found, wanted, 1e-4)
 
 

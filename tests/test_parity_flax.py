@@ -14,7 +14,7 @@ from flax import nnx
 
 import eqx_norms as en
 
-from .helpers import assert_close, half, normal
+from .helpers import assert_close, every, normal
 
 
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
@@ -136,11 +136,11 @@ PAIRS = {
 pairs = pytest.mark.parametrize(("ours", "flax"), PAIRS.values(), ids=PAIRS)
 
 
-@pytest.mark.parametrize(
-    ("pair", "use_fast_variance", "case"), half(PAIRS, [False, True], EXAMPLE_LAYERS)
-)
-def test_arguments(pair, case, use_fast_variance):
-    ours, flax = PAIRS[pair]
+@every(2)
+@pairs
+@pytest.mark.parametrize("use_fast_variance", [False, True])
+@pytest.mark.parametrize("case", EXAMPLE_LAYERS, ids=str)
+def test_arguments(ours, flax, case, use_fast_variance):
     dtypes = (F32, None, F32)
     run_example_layers(ours, flax, case, dtypes, use_fast_variance=use_fast_variance)
 
