@@ -20,7 +20,6 @@ AS_FOR_USERS = {
     "test_accuracy_in_every_way",
     "test_all_reduces",
     "test_as_users_compile",
-    "test_documents",
     "test_exactness",
     "test_memory",
     "test_programs",
