@@ -161,12 +161,13 @@ def test_outliers_among_the_features(kind, vmapped):
     norm = ft.partial(call, layer, state)
     norm = jax.vmap(norm) if vmapped else norm
     f = jax.jit(lambda x: jax.vjp(norm, x)[0])
-    for at in range(0, 1024, 31):
+    # Within the eight of the shift, 512 to 519, beside them, and far away.
+    for at in (0, 300, 511, 512, 515, 519, 520, 1023):
         x = normal(0, (64, 1024)).at[:, at].add(1000.0)
         wanted, _, _ = reference(x, (-1,), **case.formula, epsilon=layer.epsilon)
-        assert np.abs(f(x) / wanted - 1)[:, at].max() <= 5e-6, at
-        others = np.arange(1024) != at
-        assert np.abs(f(x) - wanted)[:, others].max() <= 5e-7, at
+        y, others = f(x), np.arange(1024) != at
+        assert np.abs(y / wanted - 1)[:, at].max() <= 5e-6, at
+        assert np.abs(y - wanted)[:, others].max() <= 1e-6, at
 
 
 @every(2)
