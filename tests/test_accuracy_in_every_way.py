@@ -101,7 +101,8 @@ def place(way: str, examples: Any) -> Any:
     return jax.device_put(examples, sharding) if WAYS[way].placed else examples
 
 
-MEANS = (0.0, 10.0, 1e3, 1e4, 1e6)
+# Before JAX 0.10.2 the sums of a CPU are not good enough for the last: `docs/limits.md`.
+MEANS = (0.0, 10.0, 1e3, 1e4, *[1e6] * (jax.__version_info__ >= (0, 10, 2)))
 # Of the error, for data of deviation one in single precision, whatever the mean.
 BOUND = 1e-5
 
