@@ -12,16 +12,16 @@ The derivative `dy`, for tangents `dx`, `dscale` and `dbias`; the shift is a con
     dmean = E[dx]                    zero if no mean is subtracted
     dc = dx - dmean
     dvar = 2 E[Re(conj(c) * dx)]     without dmean, since E[c] = 0
-    dinv = k,                        k = -dvar / 2 * inv^3
+    dinv = -dvar / 2 * inv^3
     dz = dc * inv + c * dinv
-       = dx * inv + m + c * k,       m = -dmean * inv
+       = dx * inv + m + c * dinv,    m = -dmean * inv
     dy = dz * scale + z * dscale + dbias
 
-If statistics are given, `dmean` and `dvar` are their tangents. `m` and `k` have the shape
-of a statistic, and are formed first. If `inv * scale` has that shape too, so do all factors
-of `dx` and `c`:
+If statistics are given, `dmean` and `dvar` are their tangents. `m` and `dinv` have the
+shape of a statistic, and are formed first. If `inv * scale` has that shape too, so do all
+factors of `dx` and `c`:
 
-    dy = dx * (inv * scale) + c * (inv * dscale + k * scale) + (dbias + m * scale)
+    dy = dx * (inv * scale) + c * (inv * dscale + dinv * scale) + (dbias + m * scale)
 
 The tangent is a linear function of `dx`, `dscale` and `dbias`. It computes the rest anew
 from `x`, the mask, the scale and the statistics; `jax.checkpoint` keeps these alone for the
@@ -148,7 +148,7 @@ def _tangent(
     scale = _total(kept.scale, wide, settings.scale_offset)
     dscale, dbias = (_total(t, wide) for t in (tangents.scale, tangents.bias))
 
-    dx, m, k = 0, 0, 0
+    dx, m, dinv = 0, 0, 0
     dstats = jax.tree.map(jnp.zeros_like, stats)
     if tangents.given is not None:
         dstats = jax.tree.map(jnp.add, dstats, tangents.given)
@@ -167,14 +167,14 @@ def _tangent(
         if dstats.mean is not None:
             m = spread(settings, kept, -cast(dstats.mean, wide) * inverse.astype(wide))
         half = -dstats.var.astype(inverse.dtype) / 2
-        k = spread(settings, kept, half * inverse * inverse * inverse)
+        dinv = spread(settings, kept, half * inverse * inverse * inverse)
 
     dscale, dbias = (0 if t is None else t for t in (dscale, dbias))
     if _keeps_shape(scale, inv):
         scale = 1 if scale is None else scale
-        dy = dx * (inv * scale) + c * (inv * dscale + k * scale) + (dbias + m * scale)
+        dy = dx * (inv * scale) + c * (inv * dscale + dinv * scale) + (dbias + m * scale)
     else:
-        dy = (dx * inv + m + c * k) * scale + c * inv * dscale + dbias
+        dy = (dx * inv + m + c * dinv) * scale + c * inv * dscale + dbias
     return jnp.broadcast_to(dy, c.shape).astype(settings.dtype), dstats
 
 
