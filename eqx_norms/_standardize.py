@@ -166,8 +166,9 @@ def _tangent(
         inverse = _inverse(settings, stats, wide)
         if dstats.mean is not None:
             m = spread(settings, kept, -cast(dstats.mean, wide) * inverse.astype(wide))
-        half = -dstats.var.astype(inverse.dtype) / 2
-        dinv = spread(settings, kept, half * inverse * inverse * inverse)
+        dinv = -dstats.var.astype(inverse.dtype) / 2 * inverse * inverse * inverse
+        # Where the variance overflows, its derivative does too.
+        dinv = spread(settings, kept, jnp.where(inverse > 0, dinv, 0))
 
     dscale, dbias = (0 if t is None else t for t in (dscale, dbias))
     if _keeps_shape(scale, inv):

@@ -237,8 +237,10 @@ def _few_suffice(settings: Settings, inputs: Inputs) -> bool:
 def _shift(settings: Settings, inputs: Inputs, wide: Array) -> tuple[Array, Array | None]:
     """A number near each mean, and how many positions were counted; `None` if all were."""
     if not _few_suffice(settings, inputs):
-        (mean,), positions = means(settings, inputs, counted(inputs.mask, wide))
-        return _shortened(mean), positions
+        # The sum of large numbers would overflow. (A power of two: it rounds nothing.)
+        small = counted(inputs.mask, wide * 2.0**-24)
+        (mean,), positions = means(settings, inputs, small)
+        return _shortened(mean * 2.0**24), positions
     # The slice comes before the cast: else compilers may write all of the cast `x`.
     reduction = settings.reduction
     # Where the examples are along a vmapped axis, axis 0 of `x` is one like the others.
@@ -273,4 +275,6 @@ def statistics(settings: Settings, inputs: Inputs) -> Statistics:
     # which overflows sooner. If `square` overflows, the variance is infinite.
     root, away = jnp.sqrt(square), jnp.abs(offset)
     var = jnp.where(square < jnp.inf, jnp.maximum(root - away, 0) * (root + away), square)
+    # An offset that overflows would make the result NaN, not zero.
+    offset = jnp.where(away < jnp.inf, offset, 0)
     return Statistics(shift, offset, var, positions)

@@ -155,6 +155,27 @@ def test_squares_that_overflow_come_out_as_zero(case, dtype, mode):
 
 
 @row_layers
+@modes
+@pytest.mark.parametrize("spread", [0.0, 0.1], ids=["constant", "not"])
+def test_numbers_whose_sum_overflows(case, spread, mode):
+    """Evaluated, and differentiated, as where their squares alone overflow."""
+    data = 1e36 * (1 + spread * np.random.default_rng(0).standard_normal((32, 512)))
+    x = jnp.asarray(lay_out(case, data.astype(np.float32)))
+    layer, state = build(case.name, x.shape[-1], x.dtype, MODES[mode])
+
+    @jax.jit
+    def f(x):
+        y, pull = jax.vjp(ft.partial(call, layer, state), x)
+        return call(layer, state, x), y, pull(x / 1e36)[0]
+
+    if spread or not case.center:
+        assert all(not array.any() for array in f(x))
+    else:
+        assert all(np.isfinite(array).all() for array in f(x))
+        assert not f(x)[0].any()
+
+
+@row_layers
 def test_fast_variance_with_a_shift_far_from_the_mean(case):
     """That position is an outlier, as far from the mean as one of 512 can be: the variance
     has lost at most as many roundings as there are positions."""
