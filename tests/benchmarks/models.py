@@ -5,15 +5,15 @@
 
 ViT: ViT-S of equimo. ESM2: the smallest of esm2quinox, a scan over its blocks. U-Net:
 ModernUNet of pdequinox, with GroupNorms. Their norms are those of `equinox.nn`, which
-`replace_norms` replaces. ConvNet: four convolutions, each with a BatchNorm. MLP: three
-layers of 64 features, each with a LayerNorm. These two are written here, with the norms of
-Flax too. All parameters are in the dtype, and so is the input. A model whose package is not
-installed is left out.
+`replace_norms` replaces. ConvNet: five convolutions, a BatchNorm after each but the last.
+MLP: four products, of 64 features, a LayerNorm after each but the last. These two are
+written here, with the norms of Flax too. All parameters are in the dtype, and so is the
+input. A model whose package is not installed is left out.
 
 gpu, tpu: compiled, not run, as in `compiled.py`. cpu: smaller models, run on JAX's default
-device, in turns; a ratio is formed within each round, and given is the median. The times to
-trace, with lowering, and to compile are of this process alone, on all processors together:
-the least of three, and one.
+device, in turns; a ratio is formed within each round, and given is the median. Times are of
+processors, all together, of this process alone: to trace and lower, the least of three; to
+compile, one.
 """
 
 import argparse
