@@ -18,12 +18,12 @@ The derivative `dy`, for tangents `dx`, `dscale` and `dbias`; the shift is a con
     dy = dz * scale + z * dscale + dbias
 
 If statistics are given, `dmean` and `dvar` are their tangents. `m` and `dinv` have the
-shape of a statistic, and are formed first. If `inv * scale` has that shape too, so do all
-factors of `dx` and `c`:
+shape of a statistic, and are formed first. If `inv * scale` has the shape of `inv`, laid
+out against `x`, so do all factors of `dx` and `c`:
 
     dy = dx * (inv * scale) + c * (inv * dscale + dinv * scale) + (dbias + m * scale)
 
-The tangent is a linear function of `dx`, `dscale` and `dbias`. It computes the rest anew
+The tangent is a linear function of all of these tangents. It computes the rest anew
 from `x`, the mask, the scale and the statistics; `jax.checkpoint` keeps these alone for the
 backward pass (and the member's index along named axes). JAX transposes the function when
 the time comes. That gives reverse mode; `jax.custom_vjp` would rule out forward mode.
@@ -67,9 +67,9 @@ def _inverse(settings: Settings, stats: Statistics, dtype: np.dtype) -> Array:
     if settings.epsilon > limits.tiny:
         inv = jax.lax.rsqrt(v)
     else:
-        # A deviation no larger than rounding can explain counts as zero. A mean that is
-        # given explains one rounding of itself. One that was computed explains 8, but at
-        # most an eighth of the offset: so much do the sums of equal values leave.
+        # A deviation that rounding explains counts as zero: one rounding of a mean that is
+        # given; of one that was computed 8, and no more than an eighth of the offset, which
+        # is what the sums of equal values leave.
         explained = jnp.zeros_like(v)
         if stats.shift is not None:
             explained = float(limits.eps) * jnp.abs(stats.shift).astype(v.dtype)
@@ -135,8 +135,8 @@ def _tangent(
     """The derivative of `_formula`, for the `tangents` of `Inputs`; that of `x` is `None`
     where it is zero."""
     wide = settings.wide(kept.x)
-    # With other statistics, as far as XLA knows, than those of the forward pass: so it
-    # computes `c` and `z` anew, and does not keep them in the place of `x`. Without any
+    # Behind the barrier XLA does not see that the statistics are those of the forward pass:
+    # so it computes `c` and `z` anew, and does not keep them in the place of `x`. Without any
     # barrier, unrolled blocks with RMSNorm took 9 percent more memory, and a vision
     # transformer in float32 read and wrote 2 percent more. With a barrier around `x` and
     # the cotangent too, as `prevent_cse=True` has it, XLA writes an `x` to memory that it
@@ -182,8 +182,8 @@ def _tangent(
 def _rule(settings, primals, tangents):
     (inputs,), (tangents,) = primals, tangents
     # The statistics are kept for the backward pass, so they are outputs. For rows the shift
-    # is then that of a few entries, and `y` may differ by a rounding from that of a call
-    # without derivative.
+    # is then the mean of a few entries, and `y` differs by roundings from that of a call
+    # without derivative; by more of them if these few are outliers.
     y, stats = _formula(settings._replace(returns_statistics=True), inputs)
     x = None if isinstance(tangents.x, SymbolicZero) else tangents.x
     # A scalar stands for any other tangent that is zero: it takes no memory.
