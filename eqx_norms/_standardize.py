@@ -136,8 +136,8 @@ def _tangent(
     where it is zero."""
     wide = settings.wide(kept.x)
     # Behind the barrier XLA does not see that the statistics are those of the forward pass:
-    # so it computes `c` and `z` anew, and does not keep them in the place of `x`. Without any
-    # barrier, unrolled blocks with RMSNorm took 9 percent more memory, and a vision
+    # so it computes `c` and `z` anew, and does not keep them in the place of `x`. Without
+    # any barrier, unrolled blocks with RMSNorm took 9 percent more memory, and a vision
     # transformer in float32 read and wrote 2 percent more. With a barrier around `x` and
     # the cotangent too, as `prevent_cse=True` has it, XLA writes an `x` to memory that it
     # would compute anew from what comes before: a U-Net read and wrote 7 percent more and
