@@ -203,15 +203,24 @@ def means(
 def _shortened(array: Array) -> Array:
     """Rounds to one bit less than the dtype has.
 
-    A mean is a product in the end, the sum times 1 / size. Where compilers fuse this with
-    `x - mean` in several kernels, they may round the product in some of these and not in
-    others. The means then differ by a rounding. An operation on bits between the two
-    prevents it.
+    Under a mask a mean is a product in the end, the sum times 1 / count. Where compilers
+    fuse this with `x - mean` in several kernels, they may round the product in some of
+    these and not in others. The means then differ by a rounding. An operation on bits
+    between the two prevents it.
     """
     if jnp.iscomplexobj(array):
         return lax.complex(_shortened(array.real), _shortened(array.imag))
     limits = jnp.finfo(array.dtype)
     return lax.reduce_precision(array, limits.nexp, limits.nmant - 1)
+
+
+def _in_one_kernel(settings: Settings, inputs: Inputs) -> bool:
+    """Whether XLA fuses the sum for the mean, the two sums about it, and the result into
+    one kernel, which reads `x` once, on a GPU and on a CPU: if all are over the last axis
+    and no statistic is an output."""
+    reduction, last = settings.reduction, inputs.x.ndim - 1
+    over_last_axis = reduction.axes == (last,) and reduction.blocks is None
+    return over_last_axis and not (inputs.members.mesh_names or settings.returns_statistics)
 
 
 def _few_suffice(settings: Settings, inputs: Inputs) -> bool:
@@ -221,13 +230,7 @@ def _few_suffice(settings: Settings, inputs: Inputs) -> bool:
     if not settings.use_fast_variance or inputs.mask is not None:
         return False
     # JAX does not slice along a split axis of an Explicit mesh.
-    if is_sharded(x, reduction.axes):
-        return False
-    # XLA fuses the sum for the mean, the two sums about it, and the result into one GPU
-    # kernel, which reads `x` once, if all are over the last axis and no statistic is an
-    # output.
-    over_last_axis = reduction.axes == (x.ndim - 1,) and reduction.blocks is None
-    if over_last_axis and not (members.mesh_names or settings.returns_statistics):
+    if is_sharded(x, reduction.axes) or _in_one_kernel(settings, inputs):
         return False
     # There must be something to slice: a reduced axis, or members along a vmapped one.
     # (With groups, each member is needed.)
@@ -236,20 +239,27 @@ def _few_suffice(settings: Settings, inputs: Inputs) -> bool:
 
 def _shift(settings: Settings, inputs: Inputs, wide: Array) -> tuple[Array, Array | None]:
     """A number near each mean, and how many positions were counted; `None` if all were."""
-    if not _few_suffice(settings, inputs):
+    reduction, members = settings.reduction, inputs.members
+    if inputs.mask is not None:
         # The sum of large numbers would overflow. (A power of two: it rounds nothing.)
         small = counted(inputs.mask, wide * 2.0**-24)
         (mean,), positions = means(settings, inputs, small)
         return _shortened(mean * 2.0**24), positions
-    # The slice comes before the cast: else compilers may write all of the cast `x`.
-    reduction = settings.reduction
-    # Where the examples are along a vmapped axis, axis 0 of `x` is one like the others.
-    if inputs.members.indices:
-        reduction = reduction._replace(example_axis=None)
-    few, members = inputs.members.first(reduction.a_few(inputs.x))
-    size = reduction.size(few.shape) * members.size
-    # Divided first: a GPU would need a kernel to divide the sum.
-    (shift,) = members.sum(reduction.sum(few.astype(wide.dtype) / size))
+    entries = wide
+    if _few_suffice(settings, inputs):
+        # Where the examples are along a vmapped axis, axis 0 of `x` is one like the others.
+        if members.indices:
+            reduction = reduction._replace(example_axis=None)
+        # The slice comes before the cast: else compilers may write all of the cast `x`.
+        few, members = members.first(reduction.a_few(inputs.x))
+        entries = few.astype(wide.dtype)
+    # Divided first: the sum of large numbers would overflow, a GPU would need a kernel to
+    # divide the sum, and where compilers fuse its product with `x - shift` in several
+    # kernels, they may round it in some of these and not in others.
+    size = reduction.size(entries.shape) * members.size
+    (shift,) = members.sum(reduction.sum(entries * (1 / size)))
+    if _in_one_kernel(settings, inputs):
+        return shift, None
     # Without the barrier a TPU's compiler duplicates the shift, as it is and broadcast to
     # `x`, and runs an all-reduce for each.
     return lax.optimization_barrier(shift), None
@@ -259,8 +269,8 @@ def _with_finite_square(offset: Array) -> Array:
     """The offset, but no larger than has a finite square. If it is larger, the mean square
     is infinite, and so is to be the variance. The result is then zero, as the offset is
     finite. (Else XLA would also square the sum, before it is divided, which overflows
-    sooner. It would make a `clamp` of `jnp.clip`, which no kernel of a CPU includes: then
-    `LayerNorm` takes twice the time in evaluation.)"""
+    sooner. Of `jnp.clip` it would make a `clamp`; as with `abs` and `select`, a CPU then
+    has several kernels for `LayerNorm` in evaluation, and takes up to twice the time.)"""
     if jnp.iscomplexobj(offset):
         return offset
     limit = 0.99 * float(jnp.finfo(offset.dtype).max) ** 0.5

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from .benchmarks.hlo import count
 from .benchmarks.memory import WIDTH, temporary
-from .benchmarks.rivals import available
+from .benchmarks.rivals import available, count_bytes
 from .helpers import (
     WRAPPERS,
     all_norms,
@@ -174,3 +175,24 @@ def test_unrolled_blocks(case, dtype):
     # XLA puts off the gradients of scale and bias, and keeps what they are made of.
     limit = 1.03 if jax.__version_info__ >= (0, 10) else 1.1
     assert ours <= limit * flax
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2), reason="has no such kernels for a CPU"
+)
+@vector_norms
+@dtypes
+def test_rows_in_evaluation_are_read_once_on_a_cpu(case, dtype):
+    """All of `LayerNorm` is one kernel: `abs`, `select` or `clamp` between its sums made it
+    several, with `x - shift` in memory between them, and took up to three times as long."""
+    if case.stateful:
+        pytest.skip("not of rows")
+    layer, state = case.build(1024, param_dtype=dtype)
+    x = jax.ShapeDtypeStruct((8192, 1024), dtype)
+
+    def f(x):
+        return call(layer, state, x)
+
+    text = jax.jit(f).lower(x).compile().as_text() or ""
+    units = count(text).nbytes / count_bytes(x)
+    assert units <= 2.1
