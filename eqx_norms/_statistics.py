@@ -21,9 +21,8 @@ The shift is one of two:
   axis it is the middle one: padding and first tokens, often outliers, are at the ends.
   Along the last axis it is up to eight, from that one on: one feature may be an outlier in
   every example.
-- The mean of all, rounded. This reads `x` twice, but for statistics over the last axis
-  alone that are no output: a GPU then reads `x` once, in the kernel that also writes the
-  result.
+- The mean of all. This reads `x` twice, but for statistics over the last axis alone that
+  are no output: then one kernel reads `x` once and also writes the result.
 """
 
 import math
